@@ -1,0 +1,32 @@
+"""Argument checks shared by the networks."""
+
+from __future__ import annotations
+
+import torch
+
+
+def positive_int(name: str, value: object, minimum: int = 1) -> int:
+    """Return `value` if it is an int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    """Raise unless `divisor` divides `value`."""
+    if value % divisor:
+        raise ValueError(f"{name} must be divisible by {divisor_name}, got {name}={value} and {divisor_name}={divisor}")
+
+
+def network_input(x: torch.Tensor, noise_level: torch.Tensor, channels: int, multiple: int) -> None:
+    """Check x [B, channels, H, W] with H and W multiples of `multiple`, and noise_level [B]."""
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"x must have shape [B, {channels}, H, W], got {tuple(x.shape)}")
+    if x.shape[2] < multiple or x.shape[3] < multiple or x.shape[2] % multiple or x.shape[3] % multiple:
+        raise ValueError(f"x must have a height and width divisible by {multiple}, got {x.shape[2]}x{x.shape[3]}")
+    if noise_level.dim() != 1 or noise_level.shape[0] != x.shape[0]:
+        raise ValueError(f"noise_level must have shape [{x.shape[0]}], got {tuple(noise_level.shape)}")
+    if not noise_level.is_floating_point():
+        raise TypeError(f"noise_level must be floating point, got {noise_level.dtype}")

@@ -1,0 +1,110 @@
+"""A U-Net score network for small images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .. import ops
+from ._checks import divides, network_input, positive_int
+from .blocks import UNetAttentionBlock, UNetResBlock
+from .embedding import ConditionEmbedding, full_precision_output, zero_init
+
+
+class UNet(nn.Module):
+    """Noise- and class-conditional U-Net; `network(x, noise_level, class_labels=None)`.
+
+    Residual blocks with scale/shift conditioning, self-attention at the lowest resolution (and in the levels asked for),
+    average-pool and nearest-neighbour resampling, concatenated skips. Its output starts at zero.
+
+    Args:
+        in_channels: image channels; out_channels defaults to it.
+        channels: width of the first level.
+        multipliers: width of each level over `channels`; the image is halved between levels.
+        blocks: residual blocks a level on the way down (one more on the way up).
+        attention_levels: levels (0 the finest) with attention after each block, beside the middle, which always has it.
+        num_heads, num_groups: of the attention and of the group norms; they must divide every width.
+        num_classes: 0 for an unconditional network; otherwise label `num_classes` (or None) is the null class.
+        condition_dim: width of the noise/class embedding; 4 * channels unless given.
+        qk_norm: "rms" or None, for the attention.
+        dropout: before the second convolution of each residual block.
+    """
+
+    def __init__(
+        self, in_channels: int, *, channels: int = 32, multipliers: Sequence[int] = (1, 2), blocks: int = 1,
+        attention_levels: Sequence[int] = (), num_heads: int = 2, num_groups: int = 8, num_classes: int = 0,
+        condition_dim: int | None = None, qk_norm: str | None = None, dropout: float = 0.0, out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = positive_int("in_channels", in_channels)
+        divides("num_groups", positive_int("num_groups", num_groups), "channels", positive_int("channels", channels))
+        positive_int("blocks", blocks)
+        if not multipliers:
+            raise ValueError("multipliers must name at least one level, got an empty sequence")
+        widths = [channels * positive_int("multipliers", m) for m in multipliers]
+        if any(level not in range(len(widths)) for level in attention_levels):
+            raise ValueError(f"attention_levels must lie in [0, {len(widths) - 1}], got {tuple(attention_levels)}")
+        condition_dim = condition_dim if condition_dim is not None else 4 * channels
+        self.num_classes = num_classes
+        self.downsampling = 2 ** (len(widths) - 1)
+        self.num_groups = num_groups
+        self.embedding = ConditionEmbedding(condition_dim, num_classes)
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+
+        def res(c_in: int, c_out: int) -> UNetResBlock:
+            return UNetResBlock(c_in, c_out, condition_dim, num_groups=num_groups, dropout=dropout)
+
+        def attention(width: int, wanted: bool) -> nn.Module:
+            return UNetAttentionBlock(width, num_heads=num_heads, num_groups=num_groups, qk_norm=qk_norm) if wanted else nn.Identity()
+
+        skips, width = [channels], channels
+        self.down = nn.ModuleList()
+        for level, level_width in enumerate(widths):
+            stage = nn.ModuleList()
+            for _ in range(blocks):
+                stage.append(nn.ModuleList([res(width, level_width), attention(level_width, level in attention_levels)]))
+                width = level_width
+                skips.append(width)
+            self.down.append(stage)
+        self.middle = nn.ModuleList([res(width, width), attention(width, True), res(width, width)])
+        self.up = nn.ModuleList()
+        for level, level_width in reversed(list(enumerate(widths))):
+            stage = nn.ModuleList()
+            for _ in range(blocks + (level == 0)):
+                stage.append(nn.ModuleList([res(width + skips.pop(), level_width), attention(level_width, level in attention_levels)]))
+                width = level_width
+            self.up.append(stage)
+        self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.conv_out = zero_init(nn.Conv2d(width, in_channels if out_channels is None else out_channels, 3, padding=1))
+
+    def forward(self, x: torch.Tensor, noise_level: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Raw network output.
+
+        Args:
+            x: [B, in_channels, H, W] of the parameters' dtype, already scaled by c_in; H, W divisible by `downsampling`.
+            noise_level: floating [B], c_noise = ln(sigma)/4 (EDM).
+            class_labels: int64 [B] in [0, num_classes], or None.
+
+        Returns:
+            [B, out_channels, H, W], in the parameters' dtype under autocast too.
+        """
+        network_input(x, noise_level, self.in_channels, self.downsampling)
+        condition = self.embedding(noise_level, class_labels)
+        h = self.conv_in(x)
+        skips = [h]
+        for level, stage in enumerate(self.down):
+            h = F.avg_pool2d(h, 2) if level else h
+            for block, attention in stage:
+                h = attention(block(h, condition))
+                skips.append(h)
+        first, attention, second = self.middle
+        h = second(attention(first(h, condition)), condition)
+        for level, stage in enumerate(self.up):
+            h = F.interpolate(h, scale_factor=2, mode="nearest") if level else h
+            for block, attention in stage:
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), condition))
+        h = ops.group_norm_silu(h, self.num_groups, self.norm_weight, self.norm_bias)
+        return full_precision_output(self.conv_out, h)
