@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+from .noise_levels import edm_weight, karras_sigmas, loguniform_sigmas, lognormal_sigmas, uniform_karras_sigmas
 from .precond import EDMPrecond
+from .sampling import SampleResult, sample
+from .schedule import Schedule
+from .skipping import AdaptiveSkip, FixedSkip
 
-__all__ = ["EDMPrecond"]
+__all__ = [
+    "AdaptiveSkip",
+    "EDMPrecond",
+    "FixedSkip",
+    "SampleResult",
+    "Schedule",
+    "edm_weight",
+    "karras_sigmas",
+    "lognormal_sigmas",
+    "loguniform_sigmas",
+    "sample",
+    "uniform_karras_sigmas",
+]
