@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .noise_levels import edm_weight, karras_sigmas, loguniform_sigmas, lognormal_sigmas, uniform_karras_sigmas
+from .noise_levels import edm_weight, karras_sigmas, lognormal_sigmas, loguniform_sigmas, uniform_karras_sigmas
+from .optimize import optimize_schedule
 from .precond import EDMPrecond
 from .sampling import SampleResult, sample
 from .schedule import Schedule
@@ -18,6 +19,7 @@ __all__ = [
     "karras_sigmas",
     "lognormal_sigmas",
     "loguniform_sigmas",
+    "optimize_schedule",
     "sample",
     "uniform_karras_sigmas",
 ]

@@ -53,7 +53,7 @@ def sample(
     """Solve dx/dsigma = (x - D(x, sigma)) / sigma from x = sigma_0 noise along the schedule's levels.
 
     Args:
-        denoiser: `denoiser(x, sigma, **conditioning)` -> E[x0 | x] for unscaled x [B, ...] and sigma [B], float32 (float64 for float64 x).
+        denoiser: `denoiser(x, sigma, **conditioning)` -> E[x0 | x] for unscaled x [B, ...] and sigma [B] float32 (float64 for float64 x).
             Put it in evaluation mode yourself.
         noise: standard normal, [B, ...]; scaled by `schedule.sigmas[0]` here. Its dtype is the trajectory's.
         schedule: the levels. Where the last is not 0 the samples are left with that much noise.
