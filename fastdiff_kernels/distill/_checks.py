@@ -1,0 +1,86 @@
+"""Argument checks the recipes share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+
+
+def check_number(value: float, name: str, *, minimum: float = -math.inf, maximum: float = math.inf, above: float = -math.inf) -> float:
+    """A finite Python number in [minimum, maximum] and greater than `above`, as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    value = float(value)
+    if not math.isfinite(value) or not minimum <= value <= maximum or value <= above:
+        bounds = [f"> {above}"] * (above > -math.inf) + [f">= {minimum}"] * (minimum > -math.inf) + [f"<= {maximum}"] * (maximum < math.inf)
+        raise ValueError(f"{name} must be finite{''.join(' and ' + b for b in bounds)}, got {value}")
+    return value
+
+
+def check_count(value: int, name: str, minimum: int = 1) -> int:
+    """A Python integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def check_choice(value: str, name: str, choices: Sequence[str]) -> str:
+    """One of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
+    """The shape of one sample: positive integers."""
+    if isinstance(shape, int) or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{name} must be a sequence of positive ints, got {shape!r}")
+    return tuple(shape)
+
+
+def check_denoiser(denoiser: nn.Module, name: str) -> nn.Module:
+    """A module with at least one floating-point parameter."""
+    if not isinstance(denoiser, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module called as {name}(x, sigma, **conditioning), got {type(denoiser).__name__}")
+    if not any(parameter.is_floating_point() for parameter in denoiser.parameters()):
+        raise ValueError(f"{name} must have parameters, got a module without any")
+    return denoiser
+
+
+def check_conditioning(conditioning: Mapping[str, Tensor] | None, batch_size: int) -> dict[str, Tensor]:
+    """Keyword arguments of the denoiser, each a tensor [batch_size, ...]."""
+    if conditioning is None:
+        return {}
+    if not isinstance(conditioning, Mapping):
+        raise TypeError(f"conditioning must be a mapping from names to tensors, got {type(conditioning).__name__}")
+    for name, value in conditioning.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"conditioning[{name!r}] must be a tensor, got {type(value).__name__}")
+        if value.dim() == 0 or value.shape[0] != batch_size:
+            raise ValueError(f"conditioning[{name!r}] must have shape [{batch_size}, ...], got {list(value.shape)}")
+    return dict(conditioning)
+
+
+def check_data(batch: Tensor, name: str, sample_shape: tuple[int, ...] | None, like: Tensor) -> Tensor:
+    """Clean data [B, *sample_shape] of `like`'s dtype and device."""
+    if not isinstance(batch, Tensor):
+        raise TypeError(f"{name} must be a tensor of clean data [B, ...], got {type(batch).__name__}")
+    if batch.dim() < 1 or (sample_shape is not None and tuple(batch.shape[1:]) != sample_shape):
+        expected = "[B, ...]" if sample_shape is None else f"[B, {', '.join(map(str, sample_shape))}]"
+        raise ValueError(f"{name} must have shape {expected}, got {list(batch.shape)}")
+    if batch.dtype != like.dtype:
+        raise TypeError(f"{name} must have the network's dtype {like.dtype}, got {batch.dtype}")
+    if batch.device != like.device:
+        raise ValueError(f"{name} must be on the network's device {like.device}, got {batch.device}")
+    return batch
+
+
+def first_parameter(module: nn.Module) -> torch.Tensor:
+    """The first floating-point parameter: its dtype and device stand for the module's."""
+    return next(parameter for parameter in module.parameters() if parameter.is_floating_point())

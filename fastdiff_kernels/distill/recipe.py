@@ -1,0 +1,204 @@
+"""What every recipe is made of: networks with their optimisers, an average of the weights, seeded randomness, complete state."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_conditioning, check_count, check_number, first_parameter
+from .learning_rate import LearningRate, as_learning_rate
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK64 = (1 << 64) - 1
+
+
+def mixed_seed(*parts: int) -> int:
+    """A 63-bit seed from integers (splitmix64), so that streams of neighbouring seeds and steps have nothing in common."""
+    state = 0
+    for part in parts:
+        state = (state + part + _GOLDEN) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state >> 1
+
+
+def trainable_copy(module: nn.Module) -> nn.Module:
+    """A deep copy in training mode whose floating-point parameters require gradients."""
+    module = copy.deepcopy(module).train()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return module
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A deep copy in evaluation mode that takes no gradients."""
+    return copy.deepcopy(module).eval().requires_grad_(False)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within it the parameters take no gradients; gradients still flow through to the module's input."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+class Learner:
+    """A network with its Adam optimiser, learning rate and gradient clipping."""
+
+    def __init__(
+        self, name: str, network: nn.Module, learning_rate: float | LearningRate, betas: tuple[float, float], eps: float, clip: float | None
+    ) -> None:
+        self.name, self.network = name, network
+        self.learning_rate = as_learning_rate(learning_rate, f"{name} learning_rate")
+        self.clip = float("inf") if clip is None else check_number(clip, "clip", above=0)
+        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        fused = self.parameters[0].device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate(0), betas=betas, eps=eps, fused=fused)
+
+    def update(self, loss: Tensor, step: int) -> Tensor:
+        """One Adam step down the gradient of `loss`; returns the gradient's norm before clipping.
+
+        Raises FloatingPointError, and leaves the network as it was, when the gradient is not finite.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient of {self.name} is not finite at step {step} (loss {loss.item()})")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.step()
+        return norm
+
+    def state_dict(self) -> dict:
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class Recipe(ABC):
+    """A way to train networks: `step` on a batch, `sample` from the result, and a state from which a run resumes bit for bit.
+
+    `generator` is the exponential moving average of the trained denoiser, called as `generator(x, sigma, **conditioning)`.
+    All randomness derives from `seed`: neither the global random state nor a call of `sample` changes a run.
+    """
+
+    def __init__(self, generator: Learner, others: list[Learner], *, ema_decay: float, seed: int, autocast: torch.dtype | None) -> None:
+        self.seed = check_count(seed, "seed", 0)
+        self.ema_decay = check_number(ema_decay, "ema_decay", minimum=0, maximum=1)
+        self.autocast = autocast
+        self.learners = {learner.name: learner for learner in (generator, *others)}
+        self.generator = frozen_copy(generator.network)
+        self.steps_done = 0
+        like = first_parameter(generator.network)
+        self.device, self.dtype = like.device, like.dtype
+        self.rng = torch.Generator(device=self.device).manual_seed(mixed_seed(self.seed))
+        self._averaged = list(zip(self.generator.parameters(), generator.network.parameters(), strict=True))
+        self._copied = list(zip(self.generator.buffers(), generator.network.buffers(), strict=True))
+
+    def step(self, batch: Tensor | int, conditioning: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """One training step.
+
+        Args:
+            batch: clean data [B, ...] of the network's dtype and device, or, where the method needs no data, how many samples.
+            conditioning: keyword arguments for the denoiser, tensors [B, ...], for example {"class_labels": int64 [B]}.
+
+        Returns:
+            Losses and gradient norms, as floats.
+
+        Raises:
+            ValueError, TypeError: the batch or the conditioning does not fit. FloatingPointError: a gradient is not finite.
+        """
+        batch = self._check_batch(batch)
+        conditioning = check_conditioning(conditioning, batch if isinstance(batch, int) else batch.shape[0])
+        with self._seeded(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            metrics = self._step(batch, conditioning)
+        self.steps_done += 1
+        self._average()
+        return dict(zip(metrics, torch.stack([value.detach().double() for value in metrics.values()]).tolist(), strict=True))
+
+    @abstractmethod
+    def _step(self, batch: Tensor | int, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Update the networks; scalar tensors to report."""
+
+    @abstractmethod
+    def _check_batch(self, batch: Tensor | int) -> Tensor | int:
+        """The batch, if it is one that this recipe can use."""
+
+    @abstractmethod
+    def sample(self, n: int, conditioning: Mapping[str, Tensor] | None = None, *, seed: int = 0) -> Tensor:
+        """`n` samples [n, ...] of the averaged network; the same seed gives the same samples."""
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        # Dropout draws from the global generator, which has no business deciding what a seeded run computes.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self._op_seed(0))
+            yield
+
+    def _op_seed(self, stream: int) -> int:
+        """The seed of the ops' noise in this step; a stream keeps several uses in one step apart."""
+        return mixed_seed(self.seed, self.steps_done, stream)
+
+    def _randn(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        return torch.randn(shape, generator=self.rng, device=self.device, dtype=self.dtype)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # A young average would otherwise consist of the initial weights.
+        decay = min(self.ema_decay, (1 + self.steps_done) / (10 + self.steps_done))
+        for average, value in self._averaged:
+            average.lerp_(value, 1 - decay)
+        for average, value in self._copied:
+            average.copy_(value)
+
+    def state_dict(self) -> dict:
+        """Everything a run depends on: networks, optimisers, average, random state, step. The teacher, which does not change, is not in it."""
+        return {
+            "recipe": type(self).__name__,
+            "steps_done": self.steps_done,
+            "seed": self.seed,
+            "rng": self.rng.get_state(),
+            "generator": self.generator.state_dict(),
+            "learners": {name: learner.state_dict() for name, learner in self.learners.items()},
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Continue from `state_dict()` of a recipe made with the same arguments."""
+        if state["recipe"] != type(self).__name__:
+            raise ValueError(f"state must be of a {type(self).__name__}, got one of a {state['recipe']}")
+        if set(state["learners"]) != set(self.learners):
+            raise ValueError(f"state must hold the networks {sorted(self.learners)}, got {sorted(state['learners'])}")
+        for name, learner in self.learners.items():
+            learner.load_state_dict(state["learners"][name])
+        self.generator.load_state_dict(state["generator"])
+        self.steps_done, self.seed = state["steps_done"], state["seed"]
+        self.rng.set_state(state["rng"].cpu())
+
+
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ..., 1] in the dtype of `like` [B, ...]."""
+    return value.to(like.dtype).view(-1, *([1] * (like.dim() - 1)))
+
+
+def data_scale(denoiser: nn.Module, sigma_data: float | None) -> float:
+    """`sigma_data`, or the denoiser's own."""
+    if sigma_data is None:
+        sigma_data = getattr(denoiser, "sigma_data", None)
+        if sigma_data is None:
+            raise ValueError("sigma_data must be given for a denoiser that has no attribute sigma_data")
+    return check_number(sigma_data, "sigma_data", above=0)

@@ -1,0 +1,166 @@
+"""Training a denoiser: denoising score matching, or local curvature smoothing with Stein's identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..diffusion import Schedule, edm_weight, sample
+from ._checks import check_choice, check_conditioning, check_count, check_data, check_denoiser, check_number, check_shape
+from .learning_rate import LearningRate
+from .noise_law import LogNormal
+from .recipe import Learner, Recipe, data_scale, mixed_seed, per_sample
+
+
+class ScoreTrainer(Recipe):
+    """Train a denoiser D, or what is the same its score s(x, sigma) = (D(x, sigma) - x) / sigma^2.
+
+    loss="dsm": lambda |D(x0 + sigma eps, sigma) - x0|^2, lambda the EDM weight (Karras et al. 2022, eq. 108).
+
+    loss="lcss": 2 sigma^4 lambda (gamma / sigma' <s(x', sigma), xi> + |s(x', sigma)|^2 / 2), x' = centre + sigma' xi
+    (Osada, Shing, Nishide 2024), whose minimiser is gamma times the score; the weight makes its gradient that of "dsm" in size.
+
+    * reading "A", the local one: the centre is x0 + sigma_t eps for a noise of its own, and the denoiser is told the total
+      sigma = sqrt(sigma_t^2 + sigma'^2). sigma' / sigma_t is `local_ratio`; the variance of the target grows as 1 + 1 / local_ratio^2.
+    * reading "B": the centre is x0 and sigma' = sigma. With gamma = 1 its gradient is that of "dsm", sample by sample.
+
+    The noise xi is never stored: the ops draw it again from a seed. Losses are reported per element; that of "lcss" is negative.
+
+    Args:
+        denoiser: module called as denoiser(x, sigma, **conditioning); it is trained in place.
+        loss: "dsm" or "lcss".
+        learning_rate: a number or a `LearningRate`.
+        noise_law: noise levels of the training, called as noise_law(count, generator) -> float32 [count].
+        sigma_data: scale of the data in the weight; the denoiser's own unless given.
+        reading, gamma, local_ratio: of "lcss", above.
+        antithetic: "lcss" evaluates at centre + sigma' xi and centre - sigma' xi, which costs two passes and removes most of the variance.
+        label_dropout: probability with which `class_labels` become `null_label`, for classifier-free guidance.
+        null_label: the null class; the network's `num_classes` unless given.
+        betas, eps, clip: of Adam, and the norm gradients are clipped at (None: not).
+        ema_decay: of the averaged weights in `generator`.
+        sample_shape: shape of one sample; taken from the first batch unless given.
+        seed: of everything random.
+        autocast: dtype to run the networks in, or None.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        *,
+        loss: str = "dsm",
+        learning_rate: float | LearningRate = 1e-3,
+        noise_law: Callable[[int, torch.Generator], Tensor] = LogNormal(),
+        sigma_data: float | None = None,
+        reading: str = "A",
+        gamma: float = 1.0,
+        local_ratio: float = 2.0,
+        antithetic: bool = False,
+        label_dropout: float = 0.0,
+        null_label: int | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        clip: float | None = None,
+        ema_decay: float = 0.999,
+        sample_shape: tuple[int, ...] | None = None,
+        seed: int = 0,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        check_denoiser(denoiser, "denoiser")
+        self.loss = check_choice(loss, "loss", ("dsm", "lcss"))
+        self.reading = check_choice(reading, "reading", ("A", "B"))
+        self.gamma = check_number(gamma, "gamma", above=0)
+        self.local_ratio = check_number(local_ratio, "local_ratio", above=0)
+        if antithetic and loss != "lcss":
+            raise ValueError(f'antithetic belongs to loss="lcss", got loss={loss!r}')
+        self.antithetic, self.noise_law = antithetic, noise_law
+        self.sigma_data = data_scale(denoiser, sigma_data)
+        self.label_dropout = check_number(label_dropout, "label_dropout", minimum=0, maximum=1)
+        self.null_label = null_label if null_label is not None else getattr(getattr(denoiser, "network", None), "num_classes", None)
+        if label_dropout and not self.null_label:
+            raise ValueError("null_label must be given with label_dropout, as the denoiser's network names no number of classes")
+        self.sample_shape = None if sample_shape is None else check_shape(sample_shape, "sample_shape")
+        self.denoiser = denoiser.train()
+        learner = Learner("denoiser", denoiser, learning_rate, betas, eps, clip)
+        super().__init__(learner, [], ema_decay=ema_decay, seed=seed, autocast=autocast)
+
+    def _check_batch(self, batch: Tensor | int) -> Tensor:
+        check_data(batch, "batch", self.sample_shape, self.learners["denoiser"].parameters[0])
+        self.sample_shape = tuple(batch.shape[1:])
+        return batch
+
+    def _step(self, batch: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
+        conditioning = self._drop_labels(conditioning)
+        sigma = self.noise_law(batch.shape[0], self.rng)  # [B]
+        if self.loss == "dsm":
+            losses = self.dsm_losses(batch, sigma, self._randn(batch.shape), conditioning)
+        else:
+            losses = self.lcss_losses(batch, sigma, self._op_seed(1), conditioning)
+        loss = losses.sum() / max(batch.numel(), 1)
+        return {"loss": loss, "gradient_norm": self.learners["denoiser"].update(loss, self.steps_done)}
+
+    def dsm_losses(self, clean: Tensor, sigma: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """lambda(sigma) |D(clean + sigma noise, sigma) - clean|^2 [B]; clean, noise [B, ...], sigma [B]."""
+        denoised = self.denoiser(clean + per_sample(sigma, clean) * noise, sigma, **conditioning)
+        return ops.denoising_loss(denoised, clean, weight=edm_weight(sigma, self.sigma_data))
+
+    def lcss_losses(self, clean: Tensor, sigma: Tensor, seed: int, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The loss of local curvature smoothing [B] at total noise level sigma [B], its noise drawn from `seed`."""
+        centre, local_sigma = clean, sigma
+        if self.reading == "A":
+            forward_sigma = sigma / (1 + self.local_ratio**2) ** 0.5
+            centre = clean + per_sample(forward_sigma, clean) * self._randn(clean.shape)
+            local_sigma = self.local_ratio * forward_sigma
+        weight = 2 * sigma**4 * edm_weight(sigma, self.sigma_data)
+        perturbed = ops.lcss_perturb(centre, local_sigma, seed)
+        score = self._score(perturbed, sigma, conditioning)
+        losses = ops.lcss_loss(score, seed, local_sigma, gamma=self.gamma, weight=weight)
+        if not self.antithetic:
+            return losses
+        mirrored = self._score(2 * centre - perturbed, sigma, conditioning)
+        # <s, -xi> is <-s, xi>, so the mirrored half draws the same noise from the same seed.
+        return (losses + ops.lcss_loss(-mirrored, seed, local_sigma, gamma=self.gamma, weight=weight)) / 2
+
+    def _score(self, x: Tensor, sigma: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        return (self.denoiser(x, sigma, **conditioning) - x) / per_sample(sigma.square(), x)
+
+    def _drop_labels(self, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.label_dropout:
+            return conditioning
+        if "class_labels" not in conditioning:
+            raise ValueError(f"conditioning must hold class_labels with label_dropout={self.label_dropout}, got {sorted(conditioning)}")
+        labels = conditioning["class_labels"]
+        dropped = torch.rand(labels.shape, generator=self.rng, device=self.device) < self.label_dropout
+        return {**conditioning, "class_labels": torch.where(dropped, self.null_label, labels)}
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        conditioning: Mapping[str, Tensor] | None = None,
+        *,
+        seed: int = 0,
+        schedule: Schedule | None = None,
+        **options: object,
+    ) -> Tensor:
+        """`n` samples [n, ...] of the averaged denoiser.
+
+        Args:
+            n: how many.
+            conditioning: keyword arguments for the denoiser, tensors [n, ...].
+            seed: of the initial noise.
+            schedule: noise levels; 18 Karras levels from 80 to 0.002 unless given.
+            options: handed to `diffusion.sample`, for example solver="euler" or guidance.
+
+        Raises:
+            ValueError: no batch was seen yet and no sample_shape given.
+        """
+        if self.sample_shape is None:
+            raise ValueError("sample_shape must be given to the ScoreTrainer, or a step taken, before samples can be drawn")
+        conditioning = check_conditioning(conditioning, check_count(n, "n", 0))
+        rng = torch.Generator(device=self.device).manual_seed(mixed_seed(seed))
+        noise = torch.randn((n, *self.sample_shape), generator=rng, device=self.device, dtype=self.dtype)
+        schedule = Schedule.karras(18, 0.002, 80.0) if schedule is None else schedule
+        return sample(self.generator, noise, schedule, conditioning=conditioning, **options).samples

@@ -1,0 +1,205 @@
+"""The loop that runs any recipe: batches, progress, history, checkpoints, interruption."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ._checks import check_count
+from .recipe import Recipe, mixed_seed
+
+BatchSource = Callable[[int], tuple["Tensor | int", "Mapping[str, Tensor] | None"]]
+
+
+class Trainer:
+    """Run a recipe for a number of steps on one device.
+
+    Batches are drawn without replacement, epoch after epoch; which samples a step sees depends on `seed` and the step alone. With a
+    checkpoint, a run that stopped, by Ctrl-C (SIGINT) too, goes on where it was in the next `fit()`, in the same process or another,
+    and ends with the same bits as a run that was never stopped. A first Ctrl-C lets the running step finish, a second does not.
+
+    Args:
+        recipe: a `ScoreTrainer`, `SIMDistiller`, `MomentMatchingDistiller` or another `Recipe`.
+        data: clean data [M, ...]; or None for a recipe that needs none; or a function step -> (batch, conditioning).
+        steps: how many steps the whole run has.
+        batch_size: samples a step.
+        conditioning: tensors [M, ...] that belong to the data (or, without data, that batches of conditioning are drawn from).
+        checkpoint: file to write the state to, and to resume from if it is there. None: no checkpoints.
+        checkpoint_every: steps between checkpoints; None: only at the end and when interrupted.
+        progress: show a progress bar (needs tqdm).
+        log: called as log(step, metrics) after each step, metrics a dict of floats.
+        seed: of the order of the data.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Tensor | BatchSource | None = None,
+        *,
+        steps: int,
+        batch_size: int | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
+        checkpoint: str | os.PathLike | None = None,
+        checkpoint_every: int | None = None,
+        progress: bool = True,
+        log: Callable[[int, dict[str, float]], None] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}")
+        if checkpoint_every is not None:
+            check_count(checkpoint_every, "checkpoint_every")
+            if checkpoint is None:
+                raise ValueError("checkpoint must name a file when checkpoint_every is given")
+        self.recipe, self.steps = recipe, check_count(steps, "steps")
+        self.checkpoint, self.checkpoint_every = None if checkpoint is None else Path(checkpoint), checkpoint_every
+        self.progress, self.log, self.seed = progress, log, check_count(seed, "seed", 0)
+        self.batches = data if callable(data) else _tensor_batches(data, conditioning, batch_size, self.seed, recipe.device)
+        if callable(data) and (conditioning is not None or batch_size is not None):
+            raise ValueError("conditioning and batch_size must not be given beside a function that makes the batches")
+        self.history: dict[str, list[float]] = {}
+
+    def fit(self) -> dict[str, list[float]]:
+        """Run to the end, from the checkpoint if there is one.
+
+        Returns:
+            Every metric's values with the steps they belong to: {"loss": [...], "loss/step": [...], ...}.
+
+        Raises:
+            RuntimeError: launched as one of several processes. ValueError: the checkpoint is of another recipe or run.
+            KeyboardInterrupt: interrupted; the checkpoint, if one is kept, has been written.
+        """
+        _refuse_several_processes()
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._resume()
+        with _deferred_interrupt() as interrupted, self._bar() as bar:
+            try:
+                while self.recipe.steps_done < self.steps:
+                    self._one_step(bar)
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt
+                    if self.checkpoint_every is not None and self.recipe.steps_done % self.checkpoint_every == 0:
+                        self._save()
+            except KeyboardInterrupt:
+                if self._between_steps:
+                    self._save()
+                raise
+        self._save()
+        return self.history
+
+    def _one_step(self, bar: object) -> None:
+        step = self.recipe.steps_done
+        batch, conditioning = self.batches(step)
+        # A step that was torn apart must not be saved: its networks are no state of any run.
+        self._between_steps = False
+        metrics = self.recipe.step(batch, conditioning)
+        self._between_steps = True
+        for name, value in metrics.items():
+            self.history.setdefault(name, []).append(value)
+            self.history.setdefault(f"{name}/step", []).append(step)
+        if bar is not None:
+            bar.update()
+            bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()}, refresh=False)
+        if self.log is not None:
+            self.log(step, metrics)
+
+    _between_steps = True
+
+    @contextmanager
+    def _bar(self) -> Iterator[object]:
+        if not self.progress:
+            yield None
+            return
+        try:
+            from tqdm.auto import tqdm
+        except ImportError as error:
+            raise ImportError("progress=True needs tqdm: pip install fastdiff-kernels[train], or pass progress=False") from error
+        with tqdm(total=self.steps, initial=self.recipe.steps_done, desc=type(self.recipe).__name__) as bar:
+            yield bar
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
+        torch.save({"recipe": self.recipe.state_dict(), "history": self.history, "seed": self.seed}, partial)
+        os.replace(partial, self.checkpoint)  # a run killed while writing keeps the previous checkpoint
+
+    def _resume(self) -> None:
+        state = torch.load(self.checkpoint, map_location=self.recipe.device, weights_only=True)
+        if state["seed"] != self.seed:
+            raise ValueError(f"seed must be the checkpoint's {state['seed']} to resume {self.checkpoint}, got {self.seed}")
+        self.recipe.load_state_dict(state["recipe"])
+        self.history = state["history"]
+
+
+def _tensor_batches(
+    data: Tensor | None, conditioning: Mapping[str, Tensor] | None, batch_size: int | None, seed: int, device: torch.device
+) -> BatchSource:
+    """step -> (batch, conditioning): epochs of shuffled samples, computed from the step alone."""
+    if batch_size is None:
+        raise ValueError("batch_size must be given with data in a tensor, or without data")
+    check_count(batch_size, "batch_size")
+    sources = dict(conditioning or {}, **({} if data is None else {"data": data}))
+    for name, source in sources.items():
+        if not isinstance(source, Tensor) or source.dim() == 0 or source.shape[0] == 0:
+            raise ValueError(f"{name} must be a tensor [M, ...] with M > 0, got {source!r}" if not isinstance(source, Tensor)
+                             else f"{name} must be a tensor [M, ...] with M > 0, got shape {list(source.shape)}")
+    sizes = {name: source.shape[0] for name, source in sources.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"data and conditioning must have equally many samples, got {sizes}")
+    if not sources:
+        return lambda step: (batch_size, None)
+    total = next(iter(sizes.values()))
+    orders: dict[int, Tensor] = {}
+
+    def order(epoch: int) -> Tensor:
+        if epoch not in orders:
+            for old in [known for known in orders if known < epoch - 1]:
+                del orders[old]
+            orders[epoch] = torch.randperm(total, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
+        return orders[epoch]
+
+    def batches(step: int) -> tuple[Tensor | int, dict[str, Tensor] | None]:
+        first, last = step * batch_size, (step + 1) * batch_size
+        epochs = range(first // total, (last - 1) // total + 1)
+        index = torch.cat([order(epoch)[max(first - epoch * total, 0) : last - epoch * total] for epoch in epochs])  # [batch_size]
+        drawn = {name: source[index.to(source.device)].to(device) for name, source in sources.items()}
+        batch = drawn.pop("data", batch_size)
+        return batch, drawn or None
+
+    return batches
+
+
+def _refuse_several_processes() -> None:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    world_size = torch.distributed.get_world_size() if distributed else int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise RuntimeError(f"Trainer runs in one process; it was launched in {world_size} (WORLD_SIZE), which would train {world_size} separate copies")
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Within it the first SIGINT sets the event it yields, and the second interrupts at once."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handler(signum: int, frame: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
