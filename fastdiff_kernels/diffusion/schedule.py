@@ -177,7 +177,7 @@ def _with_ends(levels: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
 
 def _vector(values: object, name: str) -> Tensor:
     try:
-        vector = torch.as_tensor(values).detach().to(device="cpu", dtype=torch.float64, copy=True)
+        vector = torch.as_tensor(values, dtype=torch.float64).detach().to(device="cpu", copy=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a sequence of numbers, an array or a tensor, got {type(values).__name__}") from error
     if vector.ndim != 1:
