@@ -1,0 +1,173 @@
+#pragma once
+// What every CPU family uses: reading dtypes, constants per sample, reductions whose result does not depend on the number of threads.
+// To be included between variant_begin.h and variant_end.h, after cpu/torch.h.
+
+#include "fastdiff/macros.h"
+#include "fastdiff/math.h"
+
+namespace fastdiff::FASTDIFF_VARIANT {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+// float for everything narrower than double.
+template <class T>
+using Acc = typename Accumulator<T>::type;
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+// Calls body(Tag<T>{}) with the C++ type of a floating dtype.
+template <class F>
+auto dispatch(ScalarType dtype, F&& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(Tag<float>{});
+    case ScalarType::Double:
+      return body(Tag<double>{});
+    case ScalarType::BFloat16:
+      return body(Tag<BFloat16>{});
+    case ScalarType::Half:
+      return body(Tag<Half>{});
+    default:
+      STD_TORCH_CHECK(false, "fastdiff: dtypes are float32, bfloat16, float16 and float64");
+  }
+}
+
+FD_INLINE float load(float x) { return x; }
+FD_INLINE double load(double x) { return x; }
+FD_INLINE float load(BFloat16 x) { return float_of(static_cast<uint32_t>(x.x) << 16); }
+FD_INLINE float load(Half x) {
+#if defined(__FLT16_MAX__)
+  _Float16 half;
+  memcpy(&half, &x, sizeof half);
+  return static_cast<float>(half);
+#else
+  return static_cast<float>(x);
+#endif
+}
+
+template <class T>
+FD_INLINE T store(Acc<T> x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return BFloat16(static_cast<uint16_t>(x != x ? 0x7fc0u : rounded), BFloat16::from_bits());
+  } else if constexpr (std::is_same_v<T, Half>) {
+#if defined(__FLT16_MAX__)
+    const _Float16 half = static_cast<_Float16>(x);
+    Half result;
+    memcpy(&result, &half, sizeof half);
+    return result;
+#else
+    return Half(x);
+#endif
+  } else {
+    return x;
+  }
+}
+
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+inline Tensor empty_as(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+
+inline Tensor empty_batch(const Tensor& x) {
+  const auto dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const int64_t batch = x.size(0);
+  return torch::stable::new_empty(x, {batch}, dtype);
+}
+
+// A gradient nobody asked for.
+inline Tensor absent(const Tensor& x) {
+  const int64_t none = 0;
+  return torch::stable::new_empty(x, {none});
+}
+
+template <class T>
+const T* read(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <class T>
+T* write(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// A constant of shape [1] or [B].
+template <class A>
+class PerSample {
+ public:
+  explicit PerSample(const Tensor& x) : data_(read<A>(x)), stride_(x.numel() == 1 ? 0 : x.stride(0)) {}
+  A operator[](int64_t b) const { return data_[b * stride_]; }
+
+ private:
+  const A* data_;
+  int64_t stride_;
+};
+
+// A batch of contiguous samples.
+struct Samples {
+  int64_t batch, elements;
+  explicit Samples(const Tensor& x) : batch(x.size(0)), elements(x.size(0) ? x.numel() / x.size(0) : 0) {}
+};
+
+// Long enough to amortise a task, short enough for a sample to be spread over threads. A multiple of 4: the normals come in fours.
+constexpr int64_t kChunk = 16384;
+
+// Calls body(b, begin, end) for every chunk of every sample, in parallel.
+template <class F>
+void for_each_chunk(const Samples& samples, F&& body) {
+  const int64_t chunks = (samples.elements + kChunk - 1) / kChunk;
+  const int64_t grain = std::max<int64_t>(1, kChunk / std::max<int64_t>(samples.elements, 1));
+  torch::stable::parallel_for(0, samples.batch * chunks, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t b = i / chunks, begin = i % chunks * kChunk;
+      body(b, begin, std::min(begin + kChunk, samples.elements));
+    }
+  });
+}
+
+// Sums K quantities over each sample: body(b, begin, end) gives a chunk's std::array<double, K>, finish(b, sums) takes a sample's.
+// The chunks are summed in their order, whatever thread did which.
+template <size_t K, class F, class G>
+void reduce_samples(const Samples& samples, F&& body, G&& finish) {
+  const int64_t chunks = std::max<int64_t>(1, (samples.elements + kChunk - 1) / kChunk);
+  std::vector<std::array<double, K>> partial(samples.batch * chunks, std::array<double, K>{});
+  for_each_chunk(samples, [&](int64_t b, int64_t begin, int64_t end) { partial[b * chunks + begin / kChunk] = body(b, begin, end); });
+  for (int64_t b = 0; b < samples.batch; ++b) {
+    std::array<double, K> sums{};
+    for (int64_t c = 0; c < chunks; ++c) {
+      for (size_t k = 0; k < K; ++k) sums[k] += partial[b * chunks + c][k];
+    }
+    finish(b, sums);
+  }
+}
+
+// Sum of term(i) over [begin, end): in A over runs that fit the registers, in double over the runs.
+template <class A, class F>
+FD_INLINE double sum(int64_t begin, int64_t end, F&& term) {
+  constexpr int64_t run = 1024;
+  double total = 0;
+  for (int64_t i = begin; i < end; i += run) {
+    const int64_t stop = i + run < end ? i + run : end;
+    A part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t j = i; j < stop; ++j) part += term(j);
+    total += part;
+  }
+  return total;
+}
+
+}  // namespace fastdiff::FASTDIFF_VARIANT

@@ -1,0 +1,10 @@
+// The pybind11 module fastdiff_kernels._host: what needs no tensor.
+
+#include <pybind11/pybind11.h>
+
+#include "build_report.h"
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Build report and the float64 schedule solver.";
+  m.def("build_report", [] { return FASTDIFF_BUILD_REPORT; }, "What the package was compiled with and for, as JSON.");
+}

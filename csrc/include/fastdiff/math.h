@@ -1,0 +1,73 @@
+#pragma once
+// float32 functions without branches or tables, so that loops over them vectorise; the same on CPU and GPU up to fused multiply-adds.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "fastdiff/macros.h"
+
+namespace fastdiff::FASTDIFF_VARIANT {
+
+FD_INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+FD_INLINE float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Natural logarithm of a normal positive number. x = 2^e m with m in [sqrt(1/2), sqrt(2)); log(1 + f) = f - (h - s (h + r)) with
+// s = f / (2 + f), h = f^2 / 2 and r the odd terms of the series of log((1 + s) / (1 - s)) beyond the first.
+FD_INLINE float log_normal_range(float x) {
+  const uint32_t shifted = bits_of(x) - 0x3f3504f3u;  // bits of sqrt(1/2)
+  const float e = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  const float f = float_of((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  const float s = f / (2.0f + f);
+  const float z = s * s;
+  const float r = z * (2.0f / 3 + z * (2.0f / 5 + z * (2.0f / 7 + z * (2.0f / 9))));
+  const float h = 0.5f * f * f;
+  // log(2) in two parts, the first of which has few enough bits for e times it to be exact.
+  return e * 0.693145752f + (f - (h - (s * (h + r) + e * 1.42860677e-6f)));
+}
+
+// sin and cos of pi x for x in [0, 2]: an exact reduction to [-1/4, 1/4], then Taylor polynomials in pi x.
+FD_INLINE void sincospi(float x, float& sine, float& cosine) {
+  const int32_t quadrant = static_cast<int32_t>(2.0f * x + 0.5f);
+  const float t = (x - 0.5f * static_cast<float>(quadrant)) * 3.14159265f;
+  const float u = t * t;
+  const float s = t + t * u * (-1.0f / 6 + u * (1.0f / 120 + u * (-1.0f / 5040 + u * (1.0f / 362880))));
+  const float c = 1.0f + u * (-0.5f + u * (1.0f / 24 + u * (-1.0f / 720 + u * (1.0f / 40320 + u * (-1.0f / 3628800)))));
+  const bool swap = quadrant & 1;
+  const float sine_size = swap ? c : s, cosine_size = swap ? s : c;
+  sine = quadrant & 2 ? -sine_size : sine_size;
+  cosine = (quadrant + 1) & 2 ? -cosine_size : cosine_size;
+}
+
+// e^x, zero below the normal range and infinite above it; NaN stays NaN.
+FD_INLINE float exp(float x) {
+  const float clamped = x < -88.0f ? -88.0f : (x > 89.0f ? 89.0f : x);
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+  const float shifted = clamped * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+  const float p = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040)))))));
+  // In two factors, since 2^128 is no float.
+  const int32_t power = static_cast<int32_t>(bits_of(shifted) << 9) >> 9;
+  const int32_t half = power >> 1;
+  const float scaled = p * float_of(static_cast<uint32_t>(half + 127) << 23) * float_of(static_cast<uint32_t>(power - half + 127) << 23);
+  return x < -88.0f ? 0.0f : (x > 88.8f ? INFINITY : (x != x ? x : scaled));
+}
+
+FD_INLINE double exp(double x) { return std::exp(x); }
+
+template <class A>
+FD_INLINE A sigmoid(A x) {
+  return A(1) / (A(1) + exp(-x));
+}
+
+}  // namespace fastdiff::FASTDIFF_VARIANT

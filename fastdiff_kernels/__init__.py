@@ -1,0 +1,1 @@
+"""Fused kernels and distillers that make diffusion models fast."""

@@ -1,0 +1,200 @@
+"""The op table: for every op its schema, its definition, its kernels by backend, and what it owes to autograd and tracing.
+
+Schemas are defined here, so that the package works with no compiled file; C++ and Triton only implement. Each differentiable op `f` owns a
+second op `f_backward(grads, inputs, needs)`; `needs` says which gradients are wanted, and the others come back empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference as definitions
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row of the table."""
+
+    name: str
+    family: str
+    schema: str
+    reference: Callable
+    fake: Callable
+    kernels: tuple[str, ...]
+    """Backends that implement it beside the reference, in the order in which a CUDA tensor prefers them."""
+    differentiable: tuple[str, ...] = ()
+    """Arguments with a gradient."""
+    traced: tuple[str, ...] = ()
+    """Arguments whose gradient the kernels do not compute: asking for it runs the definition."""
+    stopped: tuple[str, ...] = ()
+    """Arguments behind a stop-gradient: they may require grad and get none. Any other tensor that requires grad is refused."""
+    flops: Callable[..., int] | None = None
+    """Floating-point operations of one call."""
+    backward_of: str | None = None
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the arguments, in order."""
+        return tuple(a.name for a in overload(self).default._schema.arguments)
+
+    def bytes(self, *args: object) -> int:
+        """Bytes moved by one read of every tensor argument and one write of every output."""
+        outputs = self.fake(*args)
+        tensors = [*args, *(outputs if isinstance(outputs, tuple) else (outputs,))]
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def overload(op: Op) -> torch._ops.OpOverloadPacket:
+    """torch.ops.fastdiff.<name>."""
+    return getattr(torch.ops.fastdiff, op.name)
+
+
+def _like_first(*args: object) -> Tensor:
+    first = next(a for a in args if isinstance(a, Tensor))
+    return first.new_empty(first.shape)
+
+
+def _like_two(x: Tensor, y: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+def _like_first_twice(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _batch(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[:1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _sample_and_batch(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _batch(x)
+
+
+def channels_last_aware_empty(x: Tensor) -> Tensor:
+    """Empty, of x's shape; channels_last where x is, otherwise contiguous."""
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == dims and not x.is_contiguous() and x.is_contiguous(memory_format=layout):
+            return torch.empty_like(x, memory_format=layout)
+    return x.new_empty(x.shape)
+
+
+def _per_element(count: int, argument: int = 0) -> Callable[..., int]:
+    return lambda *args: count * args[argument].numel()
+
+
+def _attention_flops(q: Tensor, k: Tensor, *_: object) -> int:
+    batch, rows, heads, width = q.shape
+    return 4 * batch * heads * rows * k.shape[1] * width
+
+
+_R = definitions
+_ALL = ("cpu", "cuda", "triton")
+
+_TABLE = (
+    Op(
+        "layer_norm_modulate", "modulate", "(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor",
+        _R.modulate.layer_norm_modulate, _like_first, ("cpu", "triton"),
+        differentiable=("x", "shift", "scale"), flops=_per_element(8),
+    ),
+    Op(
+        "rms_norm_modulate", "modulate", "(Tensor x, Tensor? weight, Tensor? shift, Tensor? scale, float eps) -> Tensor",
+        _R.modulate.rms_norm_modulate, _like_first, ("cpu", "triton"),
+        differentiable=("x", "weight", "shift", "scale"), flops=_per_element(7),
+    ),
+    Op(
+        "gate_residual", "modulate", "(Tensor residual, Tensor branch, Tensor gate) -> Tensor",
+        _R.modulate.gate_residual, _like_first, ("cpu", "triton"),
+        differentiable=("residual", "branch", "gate"), flops=_per_element(2),
+    ),
+    Op(
+        "gate_residual_norm_modulate", "modulate",
+        "(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, str norm, float eps) -> (Tensor, Tensor)",
+        _R.modulate.gate_residual_norm_modulate, _like_first_twice, ("cpu", "triton"),
+        differentiable=("residual", "branch", "gate", "shift", "scale"), flops=_per_element(10),
+    ),
+    Op(
+        "qk_norm_rope", "rotary",
+        "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, str? norm, str rope, float eps) -> (Tensor, Tensor)",
+        _R.rotary.qk_norm_rope, _like_two, ("cpu",),
+        differentiable=("q", "k", "q_weight", "k_weight", "cos", "sin"), traced=("cos", "sin"), flops=lambda q, k, *_: 10 * (q.numel() + k.numel()),
+    ),
+    Op(
+        "attention", "attention", "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> Tensor",
+        _R.attention.attention, _like_first, ("cpu",),
+        differentiable=("q", "k", "v"), flops=_attention_flops,
+    ),
+    Op(
+        "group_norm_silu", "group_norm",
+        "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, str? activation) -> Tensor",
+        _R.group_norm.group_norm_silu, lambda x, *_: channels_last_aware_empty(x), ("cpu",),
+        differentiable=("x", "weight", "bias", "scale", "shift"), flops=_per_element(14),
+    ),
+    Op(
+        "lcss_noise", "score_matching", "(Tensor x, Tensor seed, int offset) -> Tensor",
+        _R.score_matching.lcss_noise, _like_first, _ALL, stopped=("x",), flops=_per_element(40),
+    ),
+    Op(
+        "lcss_perturb", "score_matching", "(Tensor x, Tensor sigma, Tensor seed, int offset) -> Tensor",
+        _R.score_matching.lcss_perturb, _like_first, _ALL, differentiable=("x",), flops=_per_element(42),
+    ),
+    Op(
+        "lcss_loss", "score_matching", "(Tensor score, Tensor noise, Tensor sigma, Tensor gamma, Tensor weight) -> Tensor",
+        _R.score_matching.lcss_loss_stored, _batch, _ALL, differentiable=("score", "noise"), flops=_per_element(4),
+    ),
+    Op(
+        "lcss_loss_seeded", "score_matching", "(Tensor score, Tensor seed, Tensor sigma, Tensor gamma, Tensor weight, int offset) -> Tensor",
+        _R.score_matching.lcss_loss_seeded, _batch, _ALL, differentiable=("score",), flops=_per_element(44),
+    ),
+    Op(
+        "denoising_loss", "score_matching", "(Tensor denoised, Tensor clean, Tensor weight) -> Tensor",
+        _R.score_matching.denoising_loss, _batch, _ALL, differentiable=("denoised", "clean"), flops=_per_element(3),
+    ),
+    Op(
+        "sim_loss", "distillation", "(Tensor fake, Tensor teacher, Tensor sample, Tensor weight, Tensor c, str distance) -> Tensor",
+        _R.distillation.sim_loss, _batch, ("cpu",), differentiable=("fake", "teacher", "sample"), flops=_per_element(6),
+    ),
+    Op(
+        "moment_matching_loss", "distillation", "(Tensor sample, Tensor auxiliary, Tensor teacher, Tensor weight) -> Tensor",
+        _R.distillation.moment_matching_loss, _batch, ("cpu",),
+        differentiable=("sample",), stopped=("auxiliary", "teacher"), flops=_per_element(3),
+    ),
+    Op(
+        "moment_matching_auxiliary_loss", "distillation", "(Tensor sample, Tensor auxiliary, Tensor teacher, Tensor weight) -> Tensor",
+        _R.distillation.moment_matching_auxiliary_loss, _batch, ("cpu",),
+        differentiable=("auxiliary",), stopped=("sample", "teacher"), flops=_per_element(6),
+    ),
+    Op(
+        "posterior_sample", "sampling", "(Tensor denoised, Tensor noisy, Tensor sigma_s, Tensor sigma_t, Tensor seed, int offset) -> Tensor",
+        _R.sampling.posterior_sample, _like_first, ("cpu",), differentiable=("denoised", "noisy"), flops=_per_element(45),
+    ),
+    Op(
+        "guided_step", "sampling",
+        "(Tensor x, Tensor denoised, Tensor sigma, Tensor sigma_next, Tensor? uncond, Tensor guidance) -> (Tensor, Tensor)",
+        _R.sampling.guided_step, _sample_and_batch, ("cpu",), differentiable=("x", "denoised", "uncond"), flops=_per_element(7),
+    ),
+    Op(
+        "third_order_skip", "skipping", "(Tensor d0, Tensor d1, Tensor d2, Tensor threshold) -> Tensor",
+        _R.skipping.third_order_skip, lambda d0, *_: d0.new_empty(d0.shape, dtype=torch.bool), _ALL, flops=_per_element(5),
+    ),
+    Op(
+        "third_order_difference", "skipping", "(Tensor x0, Tensor x1, Tensor x2, Tensor x3) -> (Tensor, Tensor)",
+        _R.skipping.third_order_difference, lambda x0, *_: (_batch(x0), _batch(x0)), _ALL, flops=_per_element(9),
+    ),
+    Op(
+        "incremental_cost", "schedule",
+        "(Tensor x, Tensor raw_low, Tensor raw_high, Tensor sigma_low, Tensor sigma_high, float sigma_data) -> Tensor",
+        _R.schedule.incremental_cost, _batch, _ALL, flops=_per_element(7),
+    ),
+    Op(
+        "integrate_schedule", "schedule", "(Tensor sigmas, Tensor costs, int num_steps, str interpolation) -> Tensor",
+        _R.schedule.integrate_schedule, lambda sigmas, costs, num_steps, _: sigmas.new_empty((*sigmas.shape[:-1], num_steps + 1)), _ALL,
+        flops=lambda sigmas, *_: int(sigmas.numel() * (20 + math.log2(max(sigmas.shape[-1], 2)))),
+    ),
+)  # fmt: skip
+
+OPS: dict[str, Op] = {op.name: op for op in _TABLE}

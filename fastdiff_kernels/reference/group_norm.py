@@ -1,0 +1,35 @@
+"""Definition: group normalisation with scale, shift and SiLU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._common import compute_dtype
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = "silu",
+) -> Tensor:
+    """silu(GN(x) (1 + scale) + shift) for x [B, C, ...]; weight, bias [C]; scale, shift [B, C]."""
+    dtype = compute_dtype(x)
+    groups = x.to(dtype).reshape(x.shape[0], num_groups, -1)
+    groups = groups - groups.mean(-1, keepdim=True)
+    y = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)).reshape(x.shape)
+    trailing = [1] * (x.dim() - 2)
+    if weight is not None:
+        y = y * weight.to(dtype).reshape(-1, *trailing)
+    if bias is not None:
+        y = y + bias.to(dtype).reshape(-1, *trailing)
+    if scale is not None:
+        y = y * (1 + scale.to(dtype).reshape(*scale.shape, *trailing))
+    if shift is not None:
+        y = y + shift.to(dtype).reshape(*shift.shape, *trailing)
+    return (torch.nn.functional.silu(y) if activation == "silu" else y).to(x.dtype)

@@ -1,0 +1,73 @@
+"""Definitions: the cost of moving between noise levels, and the schedule that spreads it evenly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._common import compute_dtype, per_sample, sum_per_sample
+
+COST_FLOOR = 1e-12
+
+
+def incremental_cost(
+    x: Tensor,
+    raw_low: Tensor,
+    raw_high: Tensor,
+    sigma_low: float | Tensor,
+    sigma_high: float | Tensor,
+    sigma_data: float = 0.5,
+) -> Tensor:
+    """sigma_low^2 |s(x, sigma_low) - s(x, sigma_high)|^2 for each sample, with s = b F - x / (sigma^2 + sigma_data^2)."""
+    dtype = compute_dtype(x)
+    low, high = (per_sample(sigma, x).double() for sigma in (sigma_low, sigma_high))
+    variance_low, variance_high = low.square() + sigma_data**2, high.square() + sigma_data**2
+    # Both products with sigma_low are formed in float64: the two terms of the difference nearly cancel at small noise.
+    x_factor = (low * (high - low) * (high + low) / (variance_low * variance_high)).to(dtype)
+    low_factor = (sigma_data / variance_low.sqrt()).to(dtype)
+    high_factor = (sigma_data * low / (high * variance_high.sqrt())).to(dtype)
+    difference = low_factor * raw_low.to(dtype) - high_factor * raw_high.to(dtype) - x_factor * x.to(dtype)
+    return sum_per_sample(difference.square())
+
+
+def _pchip_slopes(widths: Tensor, secants: Tensor) -> Tensor:
+    """Fritsch-Carlson slopes at the knots (Fritsch & Butland's weighted harmonic mean inside, one-sided at the ends)."""
+    if secants.shape[-1] == 1:
+        return torch.cat((secants, secants), -1)
+    left, right = widths[..., :-1], widths[..., 1:]
+    weight_left, weight_right = left + 2 * right, 2 * left + right
+    inner = (weight_left + weight_right) / (weight_left / secants[..., :-1] + weight_right / secants[..., 1:])
+
+    def end(h0: Tensor, h1: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
+        slope = ((2 * h0 + h1) * s0 - h0 * s1) / (h0 + h1)
+        slope = torch.where(slope.sign() == s0.sign(), slope, torch.zeros_like(slope))
+        return torch.where(slope.abs() > 3 * s0.abs(), 3 * s0, slope)
+
+    first = end(widths[..., 0], widths[..., 1], secants[..., 0], secants[..., 1])
+    last = end(widths[..., -1], widths[..., -2], secants[..., -1], secants[..., -2])
+    return torch.cat((first[..., None], inner, last[..., None]), -1)
+
+
+def integrate_schedule(sigmas: Tensor, costs: Tensor, num_steps: int, interpolation: str = "pchip") -> Tensor:
+    """Levels at which the running sum of sqrt(cost) is i / num_steps of its total, i = 0 ... num_steps.
+
+    sigmas [..., K + 1] strictly monotone, costs [..., K] >= 0, floored at 1e-12 of their largest so that the sum is invertible.
+    """
+    dtype = sigmas.dtype
+    sigmas, costs = sigmas.double(), costs.double()
+    widths = costs.clamp_min(COST_FLOOR * costs.amax(-1, keepdim=True)).sqrt()  # [..., K]
+    length = torch.cat((torch.zeros_like(widths[..., :1]), widths.cumsum(-1)), -1)  # [..., K + 1]
+    fractions = torch.arange(num_steps + 1, device=sigmas.device, dtype=torch.float64) / num_steps
+    targets = fractions * length[..., -1:]  # [..., num_steps + 1]
+    interval = (torch.searchsorted(length, targets.contiguous(), right=True) - 1).clamp(0, widths.shape[-1] - 1)
+    width, start = widths.gather(-1, interval), sigmas.gather(-1, interval)
+    rise = sigmas.gather(-1, interval + 1) - start
+    t = ((targets - length.gather(-1, interval)) / width).clamp(0, 1)
+    if interpolation == "linear":
+        levels = start + t * rise
+    else:
+        slopes = _pchip_slopes(widths, sigmas.diff(dim=-1) / widths)
+        slope0, slope1 = slopes.gather(-1, interval) * width, slopes.gather(-1, interval + 1) * width
+        levels = start + t * (slope0 + t * (3 * rise - 2 * slope0 - slope1 + t * (slope0 + slope1 - 2 * rise)))
+    levels = torch.cat((sigmas[..., :1], levels[..., 1:-1], sigmas[..., -1:]), -1)
+    return levels.to(dtype)

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one family a file; imported on first use."""
