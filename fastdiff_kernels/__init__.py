@@ -1,1 +1,7 @@
-"""Fused kernels and distillers that make diffusion models fast."""
+"""Fused kernels and distillers that make diffusion models faster to train, distil and sample."""
+
+from . import ops
+from ._dispatch import backend, explain
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "backend", "explain", "ops"]

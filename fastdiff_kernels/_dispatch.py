@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -187,10 +188,22 @@ def _why_refused(op: Op) -> str:
 
 def _cpu_fallback(op: Op) -> Callable:
     def kernel(*args):
-        _loader.warn_missing()
+        _warn_missing()
         return op.reference(*args)
 
     return kernel
+
+
+def _missing_cpu_kernel(op: Op) -> str | None:
+    if op.name in _WITHOUT_CPU_KERNEL:
+        return _loader.load() or "the compiled library is older than this package; rebuild it (`fastdiff doctor` says how)"
+    return None
+
+
+@functools.cache
+def _warn_missing() -> None:
+    reason = next(reason for op in _ROWS if (reason := _missing_cpu_kernel(op)))
+    warnings.warn(f"fastdiff_kernels runs PyTorch definitions on CPU tensors: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def _cuda_kernel(op: Op) -> Callable:
@@ -233,7 +246,7 @@ def refusal(op: Op, name: str, args: Sequence[object]) -> str | None:
     if name not in op.kernels:
         return f"{op.name} has no {name} kernel"
     if name == "cpu":
-        return f"the tensors are on {device}" if device != "cpu" else _loader.load()
+        return f"the tensors are on {device}" if device != "cpu" else _missing_cpu_kernel(op)
     if name == "cuda":
         if device != "cuda":
             return f"the tensors are on {device}"
@@ -328,6 +341,7 @@ def _register(op: Op) -> None:
 def _implement(op: Op) -> None:
     name = f"fastdiff::{op.name}"
     if not _has_kernel(name, "CPU"):
+        _WITHOUT_CPU_KERNEL.add(op.name)
         _library.impl(op.name, _cpu_fallback(op), "CPU")
     _library.impl(op.name, _cuda_kernel(op), "CUDA")
     _library.impl(op.name, _autograd_kernel(op), "Autograd", with_keyset=True)
@@ -335,11 +349,8 @@ def _implement(op: Op) -> None:
     _implement_vmap(op)
 
 
-def _forward_rows() -> list[Op]:
-    return list(OPS.values())
-
-
-_ROWS = [*_forward_rows(), *(_backward_row(op) for op in _forward_rows() if op.differentiable)]
+_WITHOUT_CPU_KERNEL: set[str] = set()
+_ROWS = [*OPS.values(), *(_backward_row(op) for op in OPS.values() if op.differentiable)]
 for _op in _ROWS:
     _register(_op)
 _loader.load()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import warnings
 from pathlib import Path
 
 import torch
@@ -37,9 +36,3 @@ def build_report() -> dict:
     except ImportError:
         return {}
     return json.loads(_host.build_report())
-
-
-@functools.cache
-def warn_missing() -> None:
-    """Says once in a process that CPU tensors run the PyTorch definitions, and what to do about it."""
-    warnings.warn(f"fastdiff_kernels runs its PyTorch definitions on CPU tensors: {load()}", RuntimeWarning, stacklevel=3)

@@ -1,10 +1,34 @@
-"""Temporary: the definitions themselves, until the registered ops land."""
-from ..reference.attention import *  # noqa
-from ..reference.distillation import *  # noqa
-from ..reference.group_norm import *  # noqa
-from ..reference.modulate import *  # noqa
-from ..reference.rotary import *  # noqa
-from ..reference.sampling import *  # noqa
-from ..reference.schedule import *  # noqa
-from ..reference.score_matching import *  # noqa
-from ..reference.skipping import *  # noqa
+"""The public functions, one module a family."""
+
+from ..reference.attention import attention
+from ..reference.distillation import moment_matching_auxiliary_loss, moment_matching_loss, sim_loss
+from ..reference.group_norm import group_norm_silu
+from ..reference.modulate import gate_residual, gate_residual_norm_modulate, layer_norm_modulate, rms_norm_modulate
+from ..reference.rotary import qk_norm_rope
+from ..reference.sampling import guided_step, posterior_sample
+from ..reference.schedule import incremental_cost, integrate_schedule
+from ..reference.skipping import third_order_difference, third_order_skip
+from .score_matching import denoising_loss, lcss_loss, lcss_noise, lcss_perturb
+
+__all__ = [
+    "attention",
+    "denoising_loss",
+    "gate_residual",
+    "gate_residual_norm_modulate",
+    "group_norm_silu",
+    "guided_step",
+    "incremental_cost",
+    "integrate_schedule",
+    "layer_norm_modulate",
+    "lcss_loss",
+    "lcss_noise",
+    "lcss_perturb",
+    "moment_matching_auxiliary_loss",
+    "moment_matching_loss",
+    "posterior_sample",
+    "qk_norm_rope",
+    "rms_norm_modulate",
+    "sim_loss",
+    "third_order_difference",
+    "third_order_skip",
+]
