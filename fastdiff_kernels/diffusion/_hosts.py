@@ -41,7 +41,9 @@ def _euler_discrete(scheduler: object, sigmas: Tensor) -> dict[str, object]:
 
 def _flow_match_euler(scheduler: object, sigmas: Tensor) -> dict[str, object]:
     _refuse_overrides(scheduler)
-    _refuse(scheduler, sigmas[0] > 1, f"its levels are times within [0, 1] and the first here is {sigmas[0]:.6g}; use to_flow_matching() first")
+    _refuse(
+        scheduler, sigmas[0] > 1, f"its levels are times within [0, 1] and the first here is {sigmas[0]:.6g}; use to_flow_matching() first"
+    )
     levels = _without_final_zero(scheduler, sigmas)
     shift = scheduler.shift if hasattr(scheduler, "shift") else scheduler.config.shift
     return {"sigmas": (levels / (shift - (shift - 1) * levels)).tolist()}
@@ -74,4 +76,6 @@ def _check_outcome(scheduler: object, sigmas: Tensor) -> None:
     held = torch.as_tensor(scheduler.sigmas).detach().to(device="cpu", dtype=torch.float64)
     # Schedulers keep float32 and go through a few operations in it.
     if held.shape != sigmas.shape or not torch.allclose(held, sigmas, rtol=1e-5, atol=0):
-        raise RuntimeError(f"{type(scheduler).__name__} was set to {sigmas.tolist()} and holds {held.tolist()}: this version is not supported")
+        raise RuntimeError(
+            f"{type(scheduler).__name__} was set to {sigmas.tolist()} and holds {held.tolist()}: this version is not supported"
+        )

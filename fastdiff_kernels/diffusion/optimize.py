@@ -99,7 +99,15 @@ def _estimate_costs(
         rows = order[torch.arange(first, first + batch_size) % len(data)].to(data.device)
         clean, given = data[rows], take_rows(conditioning, rows)
         costs[index] = _interval_costs(denoiser, clean, given, low, high, seed, first).mean()
-    return costs.cpu()
+    return _check_costs(costs.cpu(), grid)
+
+
+def _check_costs(costs: Tensor, grid: Tensor) -> Tensor:
+    broken = (~torch.isfinite(costs)).nonzero()
+    if len(broken):
+        at = int(broken[0])
+        raise ValueError(f"denoiser.raw gives a cost of {costs[at]:g} between sigma {grid[at]:g} and {grid[at + 1]:g}")
+    return costs
 
 
 def _interval_costs(

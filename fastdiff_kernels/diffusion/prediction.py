@@ -112,7 +112,9 @@ class Predictor:
         if denoised.shape != x.shape:
             raise ValueError(f"denoiser must return a tensor of x's shape {list(x.shape)}, got {list(denoised.shape)}")
         if denoised.dtype != x.dtype:
-            raise TypeError(f"denoiser must return x's dtype {x.dtype}, got {denoised.dtype}; a float32 noise keeps the trajectory in float32")
+            raise TypeError(
+                f"denoiser must return x's dtype {x.dtype}, got {denoised.dtype}; a float32 noise keeps the trajectory in float32"
+            )
         return denoised
 
 

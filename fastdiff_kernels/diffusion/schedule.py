@@ -71,9 +71,7 @@ class Schedule:
         return cls(_with_ends(log_grid(num_steps, sigma_min, sigma_max), sigma_min, sigma_max))
 
     @classmethod
-    def scaled_linear(
-        cls, num_steps: int, *, beta_start: float = 0.00085, beta_end: float = 0.012, train_steps: int = 1000
-    ) -> Schedule:
+    def scaled_linear(cls, num_steps: int, *, beta_start: float = 0.00085, beta_end: float = 0.012, train_steps: int = 1000) -> Schedule:
         """The levels Stable Diffusion samples at: num_steps times spread evenly over the training times, and a final 0.
 
         sqrt(beta) runs linearly over train_steps times and sigma^2 = (1 - abar) / abar with abar = prod(1 - beta)
@@ -100,7 +98,7 @@ class Schedule:
         return None if self.cost is None else float(self.cost.sqrt().sum())
 
     def to_k_diffusion(self, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The levels as k-diffusion's and ComfyUI's `sample_*(model, x, sigmas)` take them, [num_steps + 1], final 0 included when there is one.
+        """The levels as k-diffusion's and ComfyUI's `sample_*(model, x, sigmas)` take them, [num_steps + 1], the final 0 included.
 
         Raises:
             ValueError: two levels are equal once rounded to `dtype`.
@@ -111,7 +109,7 @@ class Schedule:
         return sigmas.to(device)
 
     def to_edm(self, *, device: torch.device | str | None = None) -> Tensor:
-        """The levels as EDM's and EDM2's samplers hold them in `t_steps`: float64 [num_steps + 1], final 0 included when there is one."""
+        """The levels as EDM's and EDM2's samplers hold them in `t_steps`: float64 [num_steps + 1], the final 0 included."""
         return self.sigmas.to(device=device, copy=True)
 
     def to_flow_matching(self) -> Schedule:

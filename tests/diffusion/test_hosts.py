@@ -18,7 +18,7 @@ class EDMEulerScheduler:
     """Reads `sigmas`, a tensor, as a ramp from its sigma_max (0) to its sigma_min (1)."""
 
     def __init__(self, **config: object) -> None:
-        defaults = dict(sigma_min=0.002, sigma_max=80.0, rho=7.0, sigma_schedule="karras", final_sigmas_type="zero")
+        defaults = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "sigma_schedule": "karras", "final_sigmas_type": "zero"}
         self.config = SimpleNamespace(**{**defaults, **config})
 
     def set_timesteps(self, *, sigmas: torch.Tensor) -> None:
@@ -41,7 +41,8 @@ class FlowMatchEulerDiscreteScheduler:
     """Shifts `sigmas`, a list, and appends 0."""
 
     def __init__(self, shift: float = 1.0, **config: object) -> None:
-        self.config = SimpleNamespace(**{"shift": shift, "use_dynamic_shifting": False, "invert_sigmas": False, "shift_terminal": None, **config})
+        defaults = {"shift": shift, "use_dynamic_shifting": False, "invert_sigmas": False, "shift_terminal": None}
+        self.config = SimpleNamespace(**{**defaults, **config})
         self.shift = shift
 
     def set_timesteps(self, *, sigmas: list[float]) -> None:
@@ -129,5 +130,5 @@ def test_a_scheduler_that_ends_up_elsewhere_is_reported() -> None:
         def set_timesteps(self, *, sigmas: list[float]) -> None:
             super().set_timesteps(sigmas=sigmas[:-1])
 
-    with pytest.raises(RuntimeError, match="Moved was set to .* this version is not supported"):
+    with pytest.raises(RuntimeError, match=r"Moved was set to .* this version is not supported"):
         Schedule(LEVELS).to_diffusers(Moved())

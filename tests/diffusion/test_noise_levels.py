@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastdiff_kernels.diffusion import edm_weight, karras_sigmas, loguniform_sigmas, lognormal_sigmas, uniform_karras_sigmas
+from fastdiff_kernels.diffusion import edm_weight, karras_sigmas, lognormal_sigmas, loguniform_sigmas, uniform_karras_sigmas
 
 COUNT = 40_000
 

@@ -56,7 +56,9 @@ def test_network_sees_its_samples_dtype_and_a_float32_noise_level() -> None:
     ]
 
 
-@pytest.mark.parametrize(("x", "head", "result"), [("float32", "bfloat16", "float32"), ("bfloat16", "float32", "float32"), ("float16",) * 3])
+@pytest.mark.parametrize(
+    ("x", "head", "result"), [("float32", "bfloat16", "float32"), ("bfloat16", "float32", "float32"), ("float16",) * 3]
+)
 def test_result_has_the_wider_of_the_samples_and_the_networks_dtype(x: str, head: str, result: str) -> None:
     denoiser = EDMPrecond(lambda x, noise_level: x.to(getattr(torch, head)))
     samples = torch.ones(2, 3, dtype=getattr(torch, x))

@@ -138,7 +138,7 @@ def test_k_diffusion_gets_the_levels_in_its_dtype() -> None:
     sigmas = schedule.to_k_diffusion()
     assert sigmas.dtype == torch.float32
     assert torch.equal(sigmas, schedule.sigmas.float())
-    with pytest.raises(ValueError, match="no longer strictly decreasing once rounded to torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"no longer strictly decreasing once rounded to torch\.bfloat16"):
         Schedule([1.001, 1.0, 0.0]).to_k_diffusion(dtype=torch.bfloat16)
 
 

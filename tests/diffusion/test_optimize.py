@@ -1,0 +1,238 @@
+"""Optimised schedules against the exact geodesics of Gaussian data, and what the estimate is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdiff_kernels.diffusion import EDMPrecond, Schedule, optimize_schedule
+
+from .oracles import GaussianNetwork, column, gaussian_denoiser, gaussian_length, geodesic
+
+
+def gaussian_data(c: float, count: int, dimensions: int) -> Tensor:
+    return c * torch.randn(count, dimensions, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("knots", "error"), [(256, 7e-3), (1024, 2e-3)])
+@pytest.mark.parametrize(("c", "sigma_min", "sigma_max"), [(0.5, 0.002, 80.0), (0.9, 0.01, 20.0)])
+def test_gaussian_geodesic(c: float, sigma_min: float, sigma_max: float, knots: int, error: float) -> None:
+    """The grid alone misplaces levels by 6e-3 at 256 knots and 1.5e-3 at 1024 (in ln sigma, 18 steps); the rest is sampling."""
+    denoiser, data = EDMPrecond(GaussianNetwork(c)), gaussian_data(c, 500, 2048)
+    schedule = optimize_schedule(denoiser, data, 19, sigma_min=sigma_min, sigma_max=sigma_max, knots=knots, batch_size=16)
+    exact = geodesic(gaussian_length(c), 18, sigma_min, sigma_max)
+    assert schedule.num_steps == 19
+    assert schedule.sigmas[-1] == 0
+    assert schedule.sigmas[:-1].log().numpy() == pytest.approx(np.log(exact), abs=error)
+    length = math.sqrt(2048) * (gaussian_length(c)(sigma_max) - gaussian_length(c)(sigma_min))
+    assert schedule.length == pytest.approx(length, rel=3e-3)
+
+
+def test_printed_geodesic() -> None:
+    """c = .5, d = 1, [.002, 80]: length 9.5367005 and the levels of 18 steps."""
+    exact = geodesic(gaussian_length(0.5), 18, 0.002, 80.0)
+    printed = [0.002, 0.6226, 0.973, 1.3721, 1.8618, 2.4807, 3.2737, 4.2973, 5.6242, 7.3479, 9.5903, 12.5097, 16.312, 21.2658, 27.7207]
+    printed += [36.1323, 47.0944, 61.3808, 80.0]
+    assert exact[::-1] == pytest.approx(printed, rel=1e-4)
+    assert gaussian_length(0.5)(80.0) - gaussian_length(0.5)(0.002) == pytest.approx(9.5367005, abs=1e-6)
+    assert gaussian_length(0.5)(10.0) - gaussian_length(0.5)(0.1) == pytest.approx(5.3763551, abs=1e-6)
+
+
+@pytest.mark.parametrize(("c", "d", "high", "low"), [(0.5, 3, 1.2, 0.9), (0.7, 5, 2.0, 0.5)])
+def test_incremental_cost_of_a_gaussian(c: float, d: int, high: float, low: float) -> None:
+    """L_c = sigma'^2 d (V' - V)^2 / (V V'^2), V = c^2 + sigma^2: 0.50791 for c = .5, d = 3, 1.2 -> .9."""
+    before, after = c**2 + high**2, c**2 + low**2
+    cost = low**2 * d * (after - before) ** 2 / (before * after**2)
+    if c == 0.5:
+        assert cost == pytest.approx(0.50791, abs=1e-5)
+    schedule = optimize_schedule(
+        EDMPrecond(GaussianNetwork(c)),
+        gaussian_data(c, 100_000, d),
+        2,
+        sigma_min=low**2 / high,
+        sigma_max=high,
+        knots=3,
+        batch_size=100_000,
+    )
+    assert schedule.knots.tolist() == pytest.approx([high, low, low**2 / high])
+    assert schedule.cost[0].item() == pytest.approx(cost, rel=5 * math.sqrt(2 / (100_000 * d)))
+
+
+class AnisotropicNetwork(nn.Module):
+    """F of the exact score of N(0, diag(spread^2)), sigma_data = .5."""
+
+    def __init__(self, spread: Tensor) -> None:
+        super().__init__()
+        self.spread = spread
+
+    def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
+        sigma = column((4 * noise_level).exp(), x)
+        return x * sigma * (self.spread**2 - 0.25) / ((self.spread**2 + sigma**2) * 0.5)
+
+
+def test_anisotropic_geodesic() -> None:
+    """delta = 4 sigma^4 sum_j (lambda_j + sigma^2)^-3, its root integrated numerically."""
+    spread = torch.logspace(-1.5, 0.5, 512)
+    grid = np.geomspace(0.005, 50.0, 20_001)
+    speed = 2 * grid**2 * np.sqrt(((spread.numpy()[:, None] ** 2 + grid**2) ** -3.0).sum(0))
+    lengths = np.concatenate(([0.0], np.cumsum((speed[1:] + speed[:-1]) / 2 * np.diff(grid))))
+    exact = np.interp(np.linspace(lengths[-1], 0, 12), lengths, grid)
+    data = spread * torch.randn(2000, 512, generator=torch.Generator().manual_seed(0))
+    schedule = optimize_schedule(EDMPrecond(AnisotropicNetwork(spread)), data, 12, sigma_min=0.005, sigma_max=50.0)
+    assert schedule.sigmas[:-1].log().numpy() == pytest.approx(np.log(exact), abs=2e-2)
+    assert schedule.length == pytest.approx(lengths[-1], rel=1e-2)
+
+
+def test_levels_cost_the_same() -> None:
+    """The running sum of sqrt(cost) over the grid is affine in the step."""
+    denoiser = EDMPrecond(GaussianNetwork(0.4))
+    schedule = optimize_schedule(denoiser, gaussian_data(0.4, 400, 64), 9, sigma_min=0.02, sigma_max=80.0)
+    running = np.concatenate(([0.0], schedule.cost.sqrt().cumsum(0).numpy()))
+    at_levels = np.interp(-schedule.sigmas[:-1].log(), -schedule.knots.log(), running)
+    assert at_levels == pytest.approx(np.linspace(0, schedule.length, 9), abs=2e-3 * schedule.length)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_ends_stand_exactly(num_steps: int) -> None:
+    schedule = optimize_schedule(
+        EDMPrecond(GaussianNetwork(0.4)), gaussian_data(0.4, 50, 8), num_steps, sigma_min=0.02, sigma_max=80.0, knots=32
+    )
+    assert schedule.num_steps == num_steps
+    assert schedule.sigmas[0] == 80.0
+    assert schedule.sigmas[-1] == 0.0
+    if num_steps > 1:
+        assert schedule.sigmas[-2] == 0.02
+
+
+class SpyDenoiser:
+    """Exact for N(0, .5^2); notes what it is asked."""
+
+    sigma_data = 0.5
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor, dict[str, object]]] = []
+
+    def raw(self, x: Tensor, sigma: Tensor, **conditioning: object) -> Tensor:
+        self.calls.append((x, sigma, conditioning))
+        return torch.sin(x)
+
+
+def test_both_levels_of_an_interval_see_the_same_noisier_samples() -> None:
+    spy = SpyDenoiser()
+    data = torch.zeros(6, 4096)
+    schedule = optimize_schedule(spy, data, 3, sigma_min=0.1, sigma_max=10.0, knots=5, batch_size=4)
+    assert len(spy.calls) == 4
+    for (x, sigma, _), high, low in zip(spy.calls, schedule.knots[:-1].tolist(), schedule.knots[1:].tolist(), strict=True):
+        assert sigma.dtype == torch.float32
+        assert torch.equal(x[:4], x[4:])
+        assert sigma.tolist() == pytest.approx([low] * 4 + [high] * 4)
+        assert x.std().item() == pytest.approx(high, rel=0.05)
+    drawn = [x[0] / sigma[-1] for x, sigma, _ in spy.calls]
+    assert all((a * b).mean().abs() < 0.1 for i, a in enumerate(drawn) for b in drawn[:i]), "noise is drawn anew for every interval"
+
+
+def test_conditioning_follows_its_datum() -> None:
+    spy = SpyDenoiser()
+    labels = torch.arange(7)
+    data = 100.0 * labels.float()[:, None].expand(7, 3)
+    optimize_schedule(
+        spy, data, 3, sigma_min=0.01, sigma_max=0.1, knots=8, batch_size=4, conditioning={"class_labels": labels, "mode": "a"}
+    )
+    seen = torch.cat([given["class_labels"][:4] for _, _, given in spy.calls])
+    assert sorted(seen.tolist()) == sorted(4 * list(range(7))), "every datum is drawn equally often"
+    for x, _, given in spy.calls:
+        assert torch.equal(given["class_labels"][:4], given["class_labels"][4:])
+        assert given["mode"] == "a"
+        assert (x - 100.0 * given["class_labels"][:, None]).abs().max() < 1
+
+
+def test_seed_decides_all_and_leaves_the_global_generator_alone() -> None:
+    def optimise(seed: int) -> list[float]:
+        denoiser = EDMPrecond(GaussianNetwork(0.4))
+        return optimize_schedule(denoiser, gaussian_data(0.4, 50, 8), 5, sigma_min=0.02, sigma_max=8.0, knots=32, seed=seed).sigmas.tolist()
+
+    torch.manual_seed(5)
+    first = optimise(1)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+    assert optimise(1) == first
+    assert optimise(2) != first
+
+
+def test_interpolation_may_be_linear() -> None:
+    exact = geodesic(gaussian_length(0.4), 8, 0.02, 8.0)
+    for interpolation in ("pchip", "linear"):
+        schedule = optimize_schedule(
+            EDMPrecond(GaussianNetwork(0.4)),
+            gaussian_data(0.4, 100, 512),
+            9,
+            sigma_min=0.02,
+            sigma_max=8.0,
+            interpolation=interpolation,
+        )
+        assert schedule.sigmas[:-1].log().numpy() == pytest.approx(np.log(exact), abs=2e-2)
+
+
+def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    optimize_schedule(EDMPrecond(GaussianNetwork(0.4)), gaussian_data(0.4, 9, 8), 3, sigma_min=0.1, sigma_max=8.0, knots=4, progress=True)
+    assert "schedule: 100%" in capsys.readouterr().err
+
+
+def test_optimised_schedule_beats_karras_on_the_cost_it_minimises() -> None:
+    """sum of costs is least, (length / steps)^2 each, where all are equal; here on the continuous cost of Gaussian data."""
+    length = gaussian_length(0.5)
+    schedule = optimize_schedule(EDMPrecond(GaussianNetwork(0.5)), gaussian_data(0.5, 200, 256), 10, sigma_min=0.02, sigma_max=80.0)
+
+    def energy(s: Schedule) -> float:
+        return sum((length(a) - length(b)) ** 2 for a, b in zip(s.sigmas[:-2].tolist(), s.sigmas[1:-1].tolist(), strict=True))
+
+    assert energy(schedule) < energy(Schedule.karras(10, 0.02, 80.0))
+    assert energy(schedule) == pytest.approx((length(80.0) - length(0.02)) ** 2 / 9, rel=1e-2)
+
+
+def _fails(error: type[Exception], message: str, **change: object) -> object:
+    return pytest.param(change, error, message, id=message[:40])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        _fails(TypeError, "denoiser must offer .raw.*function has no .raw", denoiser=gaussian_denoiser(0.5)),
+        _fails(TypeError, "data must be a tensor", data=[1.0]),
+        _fails(TypeError, "data must be float32 or float64", data=torch.ones(2, 3, dtype=torch.bfloat16)),
+        _fails(ValueError, r"data must hold samples \[N, ...\] with N >= 1, got shape \[0, 3\]", data=torch.ones(0, 3)),
+        _fails(ValueError, r"data must hold samples .* got shape \[3\]", data=torch.ones(3)),
+        _fails(ValueError, "num_steps must be at least 1", num_steps=0),
+        _fails(TypeError, "num_steps must be an int", num_steps=3.0),
+        _fails(ValueError, "sigma_min must be below sigma_max", sigma_min=80.0),
+        _fails(ValueError, "sigma_min must be positive", sigma_min=0.0),
+        _fails(ValueError, "knots must be at least 3", knots=2),
+        _fails(ValueError, "batch_size must be at least 1", batch_size=0),
+        _fails(ValueError, "seed must be at least 0", seed=-1),
+        _fails(ValueError, "cost must be 'corrector', got 'predictor'", cost="predictor"),
+        _fails(ValueError, "interpolation must be 'pchip' or 'linear', got 'cubic'", interpolation="cubic"),
+        _fails(ValueError, r"conditioning\['place'\] must have one row for each of the 4 samples", conditioning={"place": torch.ones(3)}),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, object], error: type[Exception], message: str) -> None:
+    sizes = {"num_steps": 3, "sigma_min": 0.1, "sigma_max": 8.0, "knots": 4, "batch_size": 2}
+    arguments = {"denoiser": EDMPrecond(GaussianNetwork(0.4)), "data": torch.ones(4, 3), **sizes, **change}
+    optimise: Callable[..., Schedule] = optimize_schedule
+    with pytest.raises(error, match=message):
+        optimise(arguments.pop("denoiser"), arguments.pop("data"), arguments.pop("num_steps"), **arguments)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_reported(factor: float) -> None:
+    class Broken(SpyDenoiser):
+        def raw(self, x: Tensor, sigma: Tensor) -> Tensor:
+            return factor * x
+
+    with pytest.raises(ValueError, match=r"denoiser.raw gives a cost of (nan|inf) between sigma 8 and"):
+        optimize_schedule(Broken(), torch.ones(4, 3), 3, sigma_min=0.1, sigma_max=8.0, knots=4)
