@@ -1,0 +1,45 @@
+"""What the Triton kernels and launchers of every family share."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def widen(x):
+    """x in the dtype arithmetic is done in: float64 stays, everything narrower becomes float32."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of `widen` of x's elements, for what launchers allocate."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def launch(
+    kernel: triton.JITFunction, programs: int, *args: object, num_warps: int = 4, enable_fp_fusion: bool = True, **constants: object
+) -> None:
+    """Runs `programs` instances of a kernel (none at all for 0) on the device of the first tensor among args.
+
+    Fused multiply-adds are on unless a kernel must do without; Triton's own default depends on its version.
+    """
+    if programs == 0:
+        return
+    options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion, **constants}
+    tensor = next(a for a in args if isinstance(a, Tensor))
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            kernel[(programs,)](*args, **options)
+    else:
+        kernel[(programs,)](*args, **options)
+
+
+def absent(x: Tensor) -> Tensor:
+    """What stands for a gradient nobody asked for."""
+    return x.new_empty(0)
