@@ -11,10 +11,7 @@ from torch import Tensor
 @triton.jit
 def widen(x):
     """x in the dtype arithmetic is done in: float64 stays, everything narrower becomes float32."""
-    if x.dtype == tl.float64:
-        return x
-    else:
-        return x.to(tl.float32)
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

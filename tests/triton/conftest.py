@@ -14,7 +14,7 @@ import torch
 HERE = Path(__file__).parent
 
 
-@pytest.fixture()
+@pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
