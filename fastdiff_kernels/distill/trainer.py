@@ -61,9 +61,11 @@ class Trainer:
         self.recipe, self.steps = recipe, check_count(steps, "steps")
         self.checkpoint, self.checkpoint_every = None if checkpoint is None else Path(checkpoint), checkpoint_every
         self.progress, self.log, self.seed = progress, log, check_count(seed, "seed", 0)
-        self.batches = data if callable(data) else _tensor_batches(data, conditioning, batch_size, self.seed, recipe.device)
         if callable(data) and (conditioning is not None or batch_size is not None):
             raise ValueError("conditioning and batch_size must not be given beside a function that makes the batches")
+        self.batches = data if callable(data) else _tensor_batches(data, conditioning, batch_size, self.seed, recipe.device)
+        self._order = {"seed": self.seed, "batch_size": batch_size}
+        self._between_steps = True
         self.history: dict[str, list[float]] = {}
 
     def fit(self) -> dict[str, list[float]]:
@@ -110,8 +112,6 @@ class Trainer:
         if self.log is not None:
             self.log(step, metrics)
 
-    _between_steps = True
-
     @contextmanager
     def _bar(self) -> Iterator[object]:
         if not self.progress:
@@ -129,13 +129,14 @@ class Trainer:
             return
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
-        torch.save({"recipe": self.recipe.state_dict(), "history": self.history, "seed": self.seed}, partial)
+        torch.save({"recipe": self.recipe.state_dict(), "history": self.history, "order": self._order}, partial)
         os.replace(partial, self.checkpoint)  # a run killed while writing keeps the previous checkpoint
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.recipe.device, weights_only=True)
-        if state["seed"] != self.seed:
-            raise ValueError(f"seed must be the checkpoint's {state['seed']} to resume {self.checkpoint}, got {self.seed}")
+        for name, value in self._order.items():
+            if state["order"][name] != value:
+                raise ValueError(f"{name} must be the checkpoint's {state['order'][name]} to resume {self.checkpoint}, got {value}")
         self.recipe.load_state_dict(state["recipe"])
         self.history = state["history"]
 
@@ -149,9 +150,10 @@ def _tensor_batches(
     check_count(batch_size, "batch_size")
     sources = dict(conditioning or {}, **({} if data is None else {"data": data}))
     for name, source in sources.items():
-        if not isinstance(source, Tensor) or source.dim() == 0 or source.shape[0] == 0:
-            raise ValueError(f"{name} must be a tensor [M, ...] with M > 0, got {source!r}" if not isinstance(source, Tensor)
-                             else f"{name} must be a tensor [M, ...] with M > 0, got shape {list(source.shape)}")
+        if not isinstance(source, Tensor):
+            raise TypeError(f"{name} must be a tensor [M, ...], got {type(source).__name__}")
+        if source.dim() == 0 or source.shape[0] == 0:
+            raise ValueError(f"{name} must be a tensor [M, ...] with M > 0, got shape {list(source.shape)}")
     sizes = {name: source.shape[0] for name, source in sources.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"data and conditioning must have equally many samples, got {sizes}")
@@ -182,7 +184,7 @@ def _refuse_several_processes() -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     world_size = torch.distributed.get_world_size() if distributed else int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
-        raise RuntimeError(f"Trainer runs in one process; it was launched in {world_size} (WORLD_SIZE), which would train {world_size} separate copies")
+        raise RuntimeError(f"Trainer runs in one process, but was launched in {world_size} (WORLD_SIZE), which would train separate copies")
 
 
 @contextmanager

@@ -1,0 +1,162 @@
+"""What holds for every recipe: determinism, complete state, averaging, indifference to global randomness."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fastdiff_kernels.diffusion import Schedule
+from fastdiff_kernels.distill import MomentMatchingDistiller, ScoreTrainer, SIMDistiller
+from fastdiff_kernels.distill.recipe import mixed_seed
+
+RECIPES = {
+    "dsm": lambda denoiser, **options: ScoreTrainer(denoiser, label_dropout=0.2, **options),
+    "lcss": lambda denoiser, **options: ScoreTrainer(denoiser, loss="lcss", antithetic=True, **options),
+    "lcss_b": lambda denoiser, **options: ScoreTrainer(denoiser, loss="lcss", reading="B", **options),
+    "sim": lambda denoiser, **options: SIMDistiller(denoiser, sample_shape=(1, 4, 4), **options),
+    "moment_matching": lambda denoiser, **options: MomentMatchingDistiller(denoiser, num_steps=2, **options),
+    "moment_matching_shared": lambda denoiser, **options: MomentMatchingDistiller(denoiser, num_steps=2, shared_batch=True, **options),
+}
+every_recipe = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in RECIPES.items()])
+
+
+def batches(count, size=6):
+    rng = torch.Generator().manual_seed(1)
+    return [(torch.randn(size, 1, 4, 4, generator=rng), {"class_labels": torch.randint(0, 3, (size,), generator=rng)}) for _ in range(count)]
+
+
+def run(recipe, data):
+    return [recipe.step(*batch) for batch in data]
+
+
+def assert_equal_state(left, right):
+    """Bitwise, through dicts, lists and tensors."""
+    assert type(left) is type(right)
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_equal_state(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for pair in zip(left, right, strict=True):
+            assert_equal_state(*pair)
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
+@every_recipe
+def test_two_runs_agree(tiny_denoiser, make):
+    runs = [make(tiny_denoiser(dropout=0.2), seed=3) for _ in range(2)]
+    histories = [run(recipe, batches(4)) for recipe in runs]
+    assert histories[0] == histories[1]
+    assert_equal_state(runs[0].state_dict(), runs[1].state_dict())
+
+
+@every_recipe
+def test_another_seed_is_another_run(tiny_denoiser, make):
+    first, second = (run(make(tiny_denoiser(), seed=seed), batches(2)) for seed in (3, 4))
+    assert first != second
+
+
+@every_recipe
+def test_global_randomness_and_sampling_change_nothing(tiny_denoiser, make):
+    plain, disturbed = make(tiny_denoiser(dropout=0.2)), make(tiny_denoiser(dropout=0.2))
+    run(plain, batches(3))
+    for batch in batches(3):
+        torch.manual_seed(torch.seed())
+        before = torch.get_rng_state()
+        disturbed.step(*batch)
+        assert torch.equal(torch.get_rng_state(), before)
+        options = {"schedule": Schedule.karras(2, 0.1, 10.0)} if isinstance(disturbed, ScoreTrainer) else {}
+        disturbed.sample(2, **options)
+    assert_equal_state(plain.state_dict(), disturbed.state_dict())
+
+
+@every_recipe
+def test_resumed_run_is_the_uninterrupted_run(tiny_denoiser, make, tmp_path):
+    data = batches(7)
+    whole = make(tiny_denoiser(dropout=0.2))
+    run(whole, data)
+    begun = make(tiny_denoiser(dropout=0.2))
+    run(begun, data[:3])
+    torch.save(begun.state_dict(), tmp_path / "state.pt")
+    resumed = make(tiny_denoiser(dropout=0.2), seed=99)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    run(resumed, data[3:])
+    assert_equal_state(whole.state_dict(), resumed.state_dict())
+
+
+@every_recipe
+def test_generator_is_the_moving_average(tiny_denoiser, make):
+    recipe = make(tiny_denoiser(), ema_decay=0.15, learning_rate=1e-2)
+    trained = next(iter(recipe.learners.values())).network
+    expected = [parameter.detach().clone() for parameter in trained.parameters()]
+    for step, batch in enumerate(batches(4), start=1):
+        recipe.step(*batch)
+        decay = min(0.15, (1 + step) / (10 + step))
+        expected = [decay * old + (1 - decay) * new.detach() for old, new in zip(expected, trained.parameters(), strict=True)]
+        torch.testing.assert_close(list(recipe.generator.parameters()), expected)
+    assert not recipe.generator.training and not any(parameter.requires_grad for parameter in recipe.generator.parameters())
+
+
+@every_recipe
+def test_metrics_are_floats(tiny_denoiser, make):
+    for metrics in run(make(tiny_denoiser()), batches(2)):
+        assert metrics and all(type(value) is float for value in metrics.values())
+
+
+@every_recipe
+def test_runs_under_bfloat16_autocast(tiny_denoiser, make):
+    recipe = make(tiny_denoiser(), autocast=torch.bfloat16)
+    plain = make(tiny_denoiser())
+    metrics, expected = run(recipe, batches(2)), run(plain, batches(2))
+    assert all(parameter.dtype == torch.float32 for parameter in recipe.generator.parameters())
+    key = "auxiliary_loss" if "auxiliary_loss" in expected[0] else "fake_loss" if "fake_loss" in expected[0] else "loss"
+    assert metrics[0][key] == pytest.approx(expected[0][key], rel=0.1, abs=0.02)
+    assert metrics[0][key] != expected[0][key]
+
+
+@every_recipe
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny_denoiser, make):
+    recipe = make(tiny_denoiser())
+    learner = list(recipe.learners.values())[-1]  # the one that moves first
+    with torch.no_grad():
+        learner.parameters[0].view(-1)[0] = float("nan")
+    before = [parameter.detach().clone() for parameter in learner.parameters]
+    with pytest.raises(FloatingPointError, match=f"the gradient of {learner.name} is not finite at step 0"):
+        recipe.step(*batches(1)[0])
+    torch.testing.assert_close(learner.parameters, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_state_of_another_recipe_is_refused(tiny_denoiser):
+    state = RECIPES["sim"](tiny_denoiser()).state_dict()
+    with pytest.raises(ValueError, match="state must be of a ScoreTrainer, got one of a SIMDistiller"):
+        RECIPES["dsm"](tiny_denoiser()).load_state_dict(state)
+
+
+def test_gradients_are_clipped(tiny_denoiser):
+    recipe = ScoreTrainer(tiny_denoiser(), clip=1e-3)
+    metrics = recipe.step(*batches(1)[0])
+    clipped = torch.cat([parameter.grad.flatten() for parameter in recipe.denoiser.parameters()]).norm().item()
+    assert metrics["gradient_norm"] > 1e-2
+    assert clipped == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_teacher_stays_the_callers_module(tiny_denoiser):
+    teacher = tiny_denoiser().train()
+    before = copy.deepcopy(teacher.state_dict())
+    distiller = RECIPES["sim"](teacher)
+    run(distiller, batches(2))
+    assert distiller.teacher is teacher
+    assert_equal_state(teacher.state_dict(), before)
+    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_mixed_seeds_differ_in_every_part():
+    seeds = {mixed_seed(seed, step, stream) for seed in range(5) for step in range(5) for stream in range(5)}
+    assert len(seeds) == 125
+    assert all(0 <= seed < 2**63 for seed in seeds)
