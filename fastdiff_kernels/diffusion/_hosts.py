@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from torch import Tensor
 _OVERRIDES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting", "invert_sigmas", "shift_terminal")
 
 
-def set_diffusers_schedule(scheduler: object, sigmas: Tensor) -> dict[str, object]:
+def set_diffusers_schedule(scheduler: Any, sigmas: Tensor) -> dict[str, object]:
     """What `Schedule.to_diffusers` documents; sigmas float64 [num_steps + 1]."""
     names = {base.__name__ for base in type(scheduler).__mro__}
     convert = next((convert for name, convert in _CONVERTERS.items() if name in names), None)
@@ -24,7 +26,7 @@ def set_diffusers_schedule(scheduler: object, sigmas: Tensor) -> dict[str, objec
     return arguments
 
 
-def _edm_euler(scheduler: object, sigmas: Tensor) -> dict[str, object]:
+def _edm_euler(scheduler: Any, sigmas: Tensor) -> dict[str, object]:
     config = scheduler.config
     _refuse(scheduler, config.sigma_schedule != "karras", f"sigma_schedule={config.sigma_schedule!r} ignores the levels it is given")
     _refuse(scheduler, config.final_sigmas_type != "zero", f"final_sigmas_type={config.final_sigmas_type!r} repeats the last level")
@@ -34,12 +36,12 @@ def _edm_euler(scheduler: object, sigmas: Tensor) -> dict[str, object]:
     return {"sigmas": (levels**inverse - high) / (low - high)}
 
 
-def _euler_discrete(scheduler: object, sigmas: Tensor) -> dict[str, object]:
+def _euler_discrete(scheduler: Any, sigmas: Tensor) -> dict[str, object]:
     _refuse_overrides(scheduler)
     return {"sigmas": sigmas.tolist()}
 
 
-def _flow_match_euler(scheduler: object, sigmas: Tensor) -> dict[str, object]:
+def _flow_match_euler(scheduler: Any, sigmas: Tensor) -> dict[str, object]:
     _refuse_overrides(scheduler)
     _refuse(
         scheduler, sigmas[0] > 1, f"its levels are times within [0, 1] and the first here is {sigmas[0]:.6g}; use to_flow_matching() first"
@@ -56,23 +58,23 @@ _CONVERTERS = {
 }
 
 
-def _without_final_zero(scheduler: object, sigmas: Tensor) -> Tensor:
+def _without_final_zero(scheduler: Any, sigmas: Tensor) -> Tensor:
     _refuse(scheduler, sigmas[-1] > 0, f"it appends a final 0 and the schedule ends at {sigmas[-1]:.6g}")
     return sigmas[:-1]
 
 
-def _refuse_overrides(scheduler: object) -> None:
+def _refuse_overrides(scheduler: Any) -> None:
     for option in _OVERRIDES:
         value = getattr(scheduler.config, option, None)
         _refuse(scheduler, bool(value), f"{option}={value!r} replaces the levels it is given")
 
 
-def _refuse(scheduler: object, condition: object, reason: str) -> None:
+def _refuse(scheduler: Any, condition: object, reason: str) -> None:
     if condition:
         raise ValueError(f"scheduler ({type(scheduler).__name__}) cannot represent the schedule: {reason}")
 
 
-def _check_outcome(scheduler: object, sigmas: Tensor) -> None:
+def _check_outcome(scheduler: Any, sigmas: Tensor) -> None:
     held = torch.as_tensor(scheduler.sigmas).detach().to(device="cpu", dtype=torch.float64)
     # Schedulers keep float32 and go through a few operations in it.
     if held.shape != sigmas.shape or not torch.allclose(held, sigmas, rtol=1e-5, atol=0):

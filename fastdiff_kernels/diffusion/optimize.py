@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +17,18 @@ from .noise_levels import check_range
 from .schedule import Schedule, log_grid
 
 
+class RawDenoiser(Protocol):
+    """What `optimize_schedule` asks of a denoiser; `EDMPrecond` is one."""
+
+    sigma_data: float
+
+    def raw(self, x: Tensor, sigma: Tensor, **conditioning: object) -> Tensor:
+        """The network output F under EDM preconditioning, at the unscaled x."""
+
+
 @torch.no_grad()
 def optimize_schedule(
-    denoiser: Callable[..., Tensor],
+    denoiser: RawDenoiser,
     data: Tensor,
     num_steps: int,
     *,
@@ -43,8 +53,8 @@ def optimize_schedule(
 
     Args:
         denoiser: offers `.raw(x, sigma, **conditioning)`, the network output F under EDM preconditioning, and `.sigma_data`, as
-            `EDMPrecond` does: scores are differenced from F, since (D - x) / sigma^2 loses all digits at small sigma.
-            Put it in evaluation mode yourself.
+            `EDMPrecond` does: scores are differenced from F, since (D - x) / sigma^2 loses all digits at small sigma. It should compute
+            in float32 there, and be in evaluation mode.
         data: clean samples [N, ...] on the denoiser's device, float32 or float64.
         num_steps: levels without the final 0.
         knots: levels of the grid, at least 3; 256 place every level within 1 % of the exact ones for Gaussian data.
@@ -83,7 +93,7 @@ def optimize_schedule(
 
 
 def _estimate_costs(
-    denoiser: Callable[..., Tensor],
+    denoiser: RawDenoiser,
     data: Tensor,
     conditioning: dict[str, object],
     grid: Tensor,
@@ -111,7 +121,7 @@ def _check_costs(costs: Tensor, grid: Tensor) -> Tensor:
 
 
 def _interval_costs(
-    denoiser: Callable[..., Tensor], clean: Tensor, conditioning: dict[str, object], low: float, high: float, seed: int, offset: int
+    denoiser: RawDenoiser, clean: Tensor, conditioning: dict[str, object], low: float, high: float, seed: int, offset: int
 ) -> Tensor:
     x = ops.lcss_perturb(clean, high, seed, offset=offset)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -121,7 +131,7 @@ def _interval_costs(
     return ops.incremental_cost(x, raw_low, raw_high, low, high, sigma_data=denoiser.sigma_data)  # [B]
 
 
-def _check_denoiser(denoiser: object) -> None:
+def _check_denoiser(denoiser: RawDenoiser) -> None:
     for attribute in ("raw", "sigma_data"):
         if not hasattr(denoiser, attribute):
             raise TypeError(

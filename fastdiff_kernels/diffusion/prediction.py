@@ -19,32 +19,28 @@ class NoiseMemory:
     """
 
     def __init__(self, extrapolate: bool) -> None:
-        self.extrapolate = extrapolate
-        self.newest: Tensor | None = None  # [R, ...]
-        self.previous: Tensor | None = None  # [R, ...]
-        self.newest_at: Tensor | None = None  # [R], float64
-        self.previous_at: Tensor | None = None  # [R], float64
+        self.kept = 2 if extrapolate else 1
+        self.entries: list[tuple[Tensor, Tensor]] = []  # newest first: (noise [R, ...], at [R] float64)
 
     def store(self, noise: Tensor, at: float, rows: Tensor | None) -> None:
         """Keep `noise` for `rows` (int64), or for all rows where that is None."""
         if rows is None:
-            if self.extrapolate:
-                self.previous, self.previous_at = self.newest, self.newest_at
-                self.newest_at = torch.full((noise.shape[0],), at, dtype=torch.float64, device=noise.device)
-            self.newest = noise
+            everywhere = torch.full((noise.shape[0],), at, dtype=torch.float64, device=noise.device)
+            self.entries = [(noise, everywhere), *self.entries][: self.kept]
             return
-        if self.extrapolate:
-            self.previous.index_copy_(0, rows, self.newest[rows])
-            self.previous_at[rows] = self.newest_at[rows]
-            self.newest_at[rows] = at
-        self.newest.index_copy_(0, rows, noise)
+        newest, newest_at = self.entries[0]
+        for older, older_at in self.entries[1:]:
+            older[rows], older_at[rows] = newest[rows], newest_at[rows]
+        newest[rows], newest_at[rows] = noise, at
 
     def predict(self, at: float) -> Tensor:
         """The noise prediction at `at`: held, or on the line through the last two. [R, ...]"""
-        if self.previous is None:
-            return self.newest
-        ahead = (at - self.newest_at) / (self.newest_at - self.previous_at)  # [R]
-        return self.newest + per_sample(ahead, self.newest).to(self.newest.dtype) * (self.newest - self.previous)
+        newest, newest_at = self.entries[0]
+        if len(self.entries) == 1:
+            return newest
+        older, older_at = self.entries[1]
+        ahead = (at - newest_at) / (newest_at - older_at)  # [R]
+        return newest + per_sample(ahead, newest).to(newest.dtype) * (newest - older)
 
 
 class Predictor:
@@ -78,16 +74,19 @@ class Predictor:
     def __call__(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor | None]:
         """(denoised, unconditionally denoised or None) for x at sigma, each [B, ...]."""
         stacked = x if self.copies == 1 else torch.cat((x, x))  # [copies B, ...]
-        denoised = self._compute(stacked, sigma) if self.memory is None else self._compute_or_reuse(stacked, sigma)
-        return (denoised, None) if self.copies == 1 else denoised.chunk(2)
+        denoised = self._compute(stacked, sigma) if self.memory is None else self._compute_or_reuse(self.memory, stacked, sigma)
+        if self.copies == 1:
+            return denoised, None
+        conditional, unconditional = denoised.tensor_split(2)
+        return conditional, unconditional
 
-    def _compute_or_reuse(self, stacked: Tensor, sigma: float) -> Tensor:
+    def _compute_or_reuse(self, memory: NoiseMemory, stacked: Tensor, sigma: float) -> Tensor:
         at = self.variable(sigma)
         if not self.reuse.any():
             denoised = self._compute(stacked, sigma)
-            self.memory.store((stacked - denoised) / sigma, at, None)
+            memory.store((stacked - denoised) / sigma, at, None)
             return denoised
-        reused = stacked - sigma * self.memory.predict(at)
+        reused = stacked - sigma * memory.predict(at)
         if self.reuse.all():
             return reused
         rows = (~self.reuse).nonzero()[:, 0]
@@ -96,8 +95,9 @@ class Predictor:
         rows = torch.cat([rows + copy * batch for copy in range(self.copies)]).to(stacked.device)
         gathered = stacked[rows]
         denoised = self._call(gathered, sigma, take_rows(self.conditioning, rows))
-        self.memory.store((gathered - denoised) / sigma, at, rows)
-        return reused.index_copy_(0, rows, denoised)
+        memory.store((gathered - denoised) / sigma, at, rows)
+        reused[rows] = denoised
+        return reused
 
     def _compute(self, stacked: Tensor, sigma: float) -> Tensor:
         self.evaluations += 1

@@ -43,13 +43,10 @@ class Schedule:
         self.sigmas = _levels(sigmas, "sigmas")
         if (knots is None) != (cost is None):
             raise ValueError(f"knots and cost come together, got only {'knots' if cost is None else 'cost'}")
-        self.knots = None if knots is None else _levels(knots, "knots")
-        self.cost = None if cost is None else _vector(cost, "cost")
-        if self.cost is not None:
-            if len(self.cost) != len(self.knots) - 1:
-                raise ValueError(f"cost must have one entry for each of the {len(self.knots) - 1} intervals of knots, got {len(self.cost)}")
-            if not bool(torch.isfinite(self.cost).all() and (self.cost >= 0).all()):
-                raise ValueError("cost must be finite and not negative")
+        self.knots: Tensor | None = None
+        self.cost: Tensor | None = None
+        if knots is not None:
+            self.knots, self.cost = _costs(knots, cost)
 
     @classmethod
     def karras(cls, num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Schedule:
@@ -147,7 +144,7 @@ class Schedule:
         levels = self.sigmas[self.sigmas > 0].numpy()
         axes[0].semilogy(levels, marker="o", markersize=3)
         axes[0].set(xlabel="step", ylabel="sigma", title=f"{self.num_steps} steps")
-        if self.cost is not None:
+        if self.knots is not None and self.cost is not None:
             logs = self.knots[self.knots > 0].log()
             speed = self.cost[: len(logs) - 1].sqrt() / -logs.diff()
             middle = ((logs[1:] + logs[:-1]) / 2).exp()
@@ -196,3 +193,12 @@ def _levels(values: object, name: str) -> Tensor:
         at = int(rises[0])
         raise ValueError(f"{name} must be strictly decreasing, got {levels[at].item()} then {levels[at + 1].item()} at position {at}")
     return levels
+
+
+def _costs(knots: object, cost: object) -> tuple[Tensor, Tensor]:
+    grid, costs = _levels(knots, "knots"), _vector(cost, "cost")
+    if len(costs) != len(grid) - 1:
+        raise ValueError(f"cost must have one entry for each of the {len(grid) - 1} intervals of knots, got {len(costs)}")
+    if not bool(torch.isfinite(costs).all() and (costs >= 0).all()):
+        raise ValueError("cost must be finite and not negative")
+    return grid, costs

@@ -114,7 +114,8 @@ class _Official:
         if self.steps < WARM_UP_STEPS:
             return
         entries = self.steps - WARM_UP_STEPS
-        reuse = ops.third_order_skip(*self.changes, self.rule.threshold).cpu()
+        d0, d1, d2 = self.changes
+        reuse = ops.third_order_skip(d0, d1, d2, self.rule.threshold).cpu()
         if entries > CAP_FREE_ENTRIES:
             reuse &= self.run < min(self.rule.max_skip, entries)
         self.reuse, self.run = reuse, _longer(self.run, reuse)
@@ -130,7 +131,8 @@ class _Tensor:
         self.latents.append(_in_space(x_next, sigma_next, self.rule.space))
         if len(self.latents) < 4:
             return
-        third, last = (_pool(self.rule, mean) for mean in ops.third_order_difference(*self.latents))
+        x0, x1, x2, x3 = self.latents
+        third, last = (_pool(self.rule, mean) for mean in ops.third_order_difference(x0, x1, x2, x3))
         reuse = (third <= self.rule.threshold * last).cpu() & (self.run < self.rule.max_skip)
         self.reuse, self.run = reuse, _longer(self.run, reuse)
 

@@ -132,6 +132,8 @@ def test_empty_batch(solver: str, skip: AdaptiveSkip | None) -> None:
     result = sample(two_points, torch.empty(0, 3, 4), Schedule.karras(8, 0.1, 10.0), solver=solver, skip=skip)
     assert result.samples.shape == (0, 3, 4)
     assert result.nfe_per_sample.shape == (0,)
+    guided = sample(two_points, torch.empty(0, 3, 4), Schedule([2.0, 1.0, 0.0]), solver=solver, unconditional={}, guidance=2.0, skip=skip)
+    assert guided.samples.shape == (0, 3, 4)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
