@@ -27,7 +27,17 @@ PACKAGE = "fastdiff_kernels"
 TORCH_TARGET = (2, 11)
 CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
 CPU_VARIANTS = {"x86_64": ("", "FASTDIFF_AVX2", "FASTDIFF_AVX512"), "AMD64": ("", "FASTDIFF_AVX2", "FASTDIFF_AVX512")}
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+]
 GIB_PER_JOB = 1.0
 
 
@@ -137,7 +147,9 @@ class NativeBuild(build_ext):
         }
         (work / "build_report.h").write_text(f'#define FASTDIFF_BUILD_REPORT R"json({json.dumps(report)})json"\n')
         plan.write(native, host)
-        say(f"compiling for {', '.join(report['cpu_variants'])}" + (f" and CUDA {report['cuda']} {plan.archs}" if nvcc else " without CUDA"))
+        say(
+            f"compiling for {', '.join(report['cpu_variants'])}" + (f" and CUDA {report['cuda']} {plan.archs}" if nvcc else " without CUDA")
+        )
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(work), "-j", str(job_count())], check=True)
 
     @staticmethod
@@ -180,7 +192,9 @@ class NinjaPlan:
             "rule cu\n  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             "rule link\n  command = $cxx -shared -o $out $in $flags",
         ]
-        objects = [self.compile(lines, "cxx", source, self.cxx, variant) for source in sources("cpu/*.cpp") for variant in self.cpu_variants]
+        objects = [
+            self.compile(lines, "cxx", source, self.cxx, variant) for source in sources("cpu/*.cpp") for variant in self.cpu_variants
+        ]
         link = [f"-L{self.torch_lib}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed"]
         if self.nvcc:
             objects += [self.compile(lines, "cu", source, self.cu) for source in sources("cuda/*.cu")]

@@ -124,7 +124,9 @@ def _autograd_kernel(op: Op) -> Callable:
     wanted = [names.index(name) for name in op.differentiable]
     traced = [names.index(name) for name in op.traced]
     refused = [
-        (i, a.name) for i, a in enumerate(packet._schema.arguments) if _is_tensor_argument(a) and a.name not in (*op.differentiable, *op.stopped)
+        (i, a.name)
+        for i, a in enumerate(packet._schema.arguments)
+        if _is_tensor_argument(a) and a.name not in (*op.differentiable, *op.stopped)
     ]
 
     def below(keyset: torch._C.DispatchKeySet, args: Sequence[object]):
@@ -146,10 +148,7 @@ def _autograd_kernel(op: Op) -> Callable:
             saved = iter(ctx.saved_tensors)
             args = [next(saved) if constant is None else constant[0] for constant in ctx.constants]
             needs = [ctx.needs_input_grad[i + 1] for i in wanted]
-            if torch.is_grad_enabled():
-                found = _vjp(op, wanted, grads, args, needs)
-            else:
-                found = backward_packet(*grads, *args, needs)
+            found = _vjp(op, wanted, grads, args, needs) if torch.is_grad_enabled() else backward_packet(*grads, *args, needs)
             found = (found,) if isinstance(found, Tensor) else found
             result = [None] * (len(args) + 1)
             for i, need, grad in zip(wanted, needs, found, strict=True):
@@ -166,7 +165,9 @@ def _autograd_kernel(op: Op) -> Callable:
         if not (dual or recording):
             return below(keyset, args)
         if op.backward_of:
-            raise RuntimeError(f"{op.name} has no derivative of its own; differentiate {op.backward_of}, whose derivatives exist to any order")
+            raise RuntimeError(
+                f"{op.name} has no derivative of its own; differentiate {op.backward_of}, whose derivatives exist to any order"
+            )
         for i, name in refused:
             if args[i] is not None and (args[i].requires_grad or (dual and _has_tangent(args[i : i + 1]))):
                 raise ValueError(f"{op.name}: {name} must not require grad or carry a tangent; {_why_refused(op)}")

@@ -119,9 +119,11 @@ _TABLE = (
     ),
     Op(
         "qk_norm_rope", "rotary",
-        "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, str? norm, str rope, float eps) -> (Tensor, Tensor)",
+        "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, str? norm, str rope, float eps)"
+        " -> (Tensor, Tensor)",
         _R.rotary.qk_norm_rope, _like_two, ("cpu",),
-        differentiable=("q", "k", "q_weight", "k_weight", "cos", "sin"), traced=("cos", "sin"), flops=lambda q, k, *_: 10 * (q.numel() + k.numel()),
+        differentiable=("q", "k", "q_weight", "k_weight", "cos", "sin"), traced=("cos", "sin"),
+        flops=lambda q, k, *_: 10 * (q.numel() + k.numel()),
     ),
     Op(
         "attention", "attention", "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> Tensor",
@@ -147,7 +149,8 @@ _TABLE = (
         _R.score_matching.lcss_loss_stored, _batch, _ALL, differentiable=("score", "noise"), flops=_per_element(4),
     ),
     Op(
-        "lcss_loss_seeded", "score_matching", "(Tensor score, Tensor seed, Tensor sigma, Tensor gamma, Tensor weight, int offset) -> Tensor",
+        "lcss_loss_seeded", "score_matching",
+        "(Tensor score, Tensor seed, Tensor sigma, Tensor gamma, Tensor weight, int offset) -> Tensor",
         _R.score_matching.lcss_loss_seeded, _batch, _ALL, differentiable=("score",), flops=_per_element(44),
     ),
     Op(
@@ -169,7 +172,8 @@ _TABLE = (
         differentiable=("auxiliary",), stopped=("sample", "teacher"), flops=_per_element(6),
     ),
     Op(
-        "posterior_sample", "sampling", "(Tensor denoised, Tensor noisy, Tensor sigma_s, Tensor sigma_t, Tensor seed, int offset) -> Tensor",
+        "posterior_sample", "sampling",
+        "(Tensor denoised, Tensor noisy, Tensor sigma_s, Tensor sigma_t, Tensor seed, int offset) -> Tensor",
         _R.sampling.posterior_sample, _like_first, ("cpu",), differentiable=("denoised", "noisy"), flops=_per_element(45),
     ),
     Op(

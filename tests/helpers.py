@@ -16,7 +16,7 @@ def outputs_of(value: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def assert_within_eager(actual: Tensor, eager: Tensor, truth: Tensor, factor: float = 2.0) -> None:
-    """actual's largest error against the float64 truth is at most factor times eager's, or one rounding of the largest value to its dtype."""
+    """actual's largest error against the float64 truth is at most factor times eager's, or one rounding of the largest value."""
     assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     if truth.numel() == 0:
         return

@@ -71,7 +71,9 @@ def check_count(op: str, name: str, value: object, minimum: int) -> int:
     return value
 
 
-def per_sample(op: str, name: str, value: float | Tensor, like: Tensor, *, above: float | None = None, at_least: float | None = None) -> Tensor:
+def per_sample(
+    op: str, name: str, value: float | Tensor, like: Tensor, *, above: float | None = None, at_least: float | None = None
+) -> Tensor:
     """A constant as the tensor [1] or [B] that ops take, in like's compute dtype.
 
     Finite always; greater than `above` or at least `at_least` where those are given. Values inside tensors are checked on CPU alone,
