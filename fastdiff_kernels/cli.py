@@ -1,0 +1,67 @@
+"""The command ``fastdiff``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastdiff", description="Fused kernels and distillers that make diffusion models fast.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="train a teacher, optimise its schedule, skip its steps, distil it to one step; write a report",
+        description="Trains, speeds up and distils a diffusion model on real images, and writes report.html, PNGs, metrics.json and the networks.",
+    )
+    demo.add_argument("--data", metavar="FOLDER", help="images of your own, sub-folders are the classes (default: scikit-learn's digits)")
+    demo.add_argument("--size", type=int, default=16, help="side length that the images of --data are resized to (default: %(default)s)")
+    demo.add_argument("--fast", action="store_true", help="the same stages in under 90 seconds on two cores, without the quality")
+    demo.add_argument("--out", metavar="FOLDER", default="out/demo", help="where everything is written (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    demo.add_argument("--resume", action="store_true", help="go on where an interrupted run with the same arguments stopped")
+    demo.add_argument("--quiet", action="store_true", help="no progress bars")
+    commands.add_parser("doctor", help="what was built, for what, what is loaded, what is missing and what to do")
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    # OpenMP threads that spin while they wait cost more than they gain as soon as anything else runs; it is read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        from .demo.run import load_data, run_demo
+        from .demo.settings import Settings
+    except ImportError as error:
+        print(f"fastdiff demo: {error}; pip install 'fastdiff-kernels[train]'", file=sys.stderr)
+        return 1
+    settings = Settings.fast(arguments.seed) if arguments.fast else Settings(seed=arguments.seed)
+    try:
+        data = load_data(arguments.data, arguments.size)
+    except ValueError as error:
+        print(f"fastdiff demo: {error}", file=sys.stderr)
+        return 2
+    try:
+        run_demo(settings, arguments.out, data=data, resume=arguments.resume, progress=not arguments.quiet)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command with --resume goes on from {arguments.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _doctor() -> int:
+    from .doctor import report
+
+    print(report())
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. A missed bar of the demo is reported, not an error."""
+    arguments = _parser().parse_args(argv)
+    return _demo(arguments) if arguments.command == "demo" else _doctor()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,115 @@
+"""Real images for the demo: scikit-learn's digits, or any folder of pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SIGMA_DATA = 0.5
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+MIN_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images at standard deviation ``SIGMA_DATA``, with what is needed to show them again.
+
+    ``images`` float32 [N, C, H, W] contiguous, mean 0; ``labels`` int64 [N] in [0, len(class_names));
+    a pixel in [0, 1] is ``images * scale + shift``.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    scale: float
+    shift: float
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return tuple(self.images.shape[1:])
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Model space -> [0, 1], clipped."""
+        return (images * self.scale + self.shift).clamp(0, 1)
+
+
+def _standardise(name: str, pixels: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> ImageData:
+    mean, std = float(pixels.double().mean()), float(pixels.double().std())
+    if std == 0:
+        raise ValueError(f"data: every pixel of '{name}' has the value {mean}; expected images that differ")
+    scale = std / SIGMA_DATA
+    return ImageData(name, (pixels - mean) / scale, labels, class_names, scale, mean)
+
+
+def load_digits() -> ImageData:
+    """The 1,797 8x8 grey digits of scikit-learn (UCI optical recognition of handwritten digits), ten classes."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    digits = sklearn_digits()
+    pixels = torch.from_numpy(digits.images.astype(np.float32) / 16).unsqueeze(1)  # [N, 1, 8, 8]
+    return _standardise("digits", pixels, torch.from_numpy(digits.target.astype(np.int64)), tuple("0123456789"))
+
+
+def _pixels(path: Path, size: int) -> Tensor:
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(square, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def load_folder(folder: str | Path, size: int = 16) -> ImageData:
+    """Every image below ``folder``, cropped to its central square and resized to ``size`` x ``size``.
+
+    Sub-folders are the classes; without any, all images are one class. Grey pictures become one channel.
+    Raises ValueError if there are fewer than 64 images, or a class with fewer than two, or images beside class folders.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"data: '{folder}' is not a folder; expected a folder of images")
+    if size < 8 or size % 4:
+        raise ValueError(f"size: got {size}; expected a multiple of 4, at least 8")
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if len(paths) < MIN_IMAGES:
+        raise ValueError(f"data: found {len(paths)} images in '{folder}'; expected at least {MIN_IMAGES}")
+    top = [p.relative_to(folder).parts[0] for p in paths]
+    used = [c for c in classes if c in set(top)]
+    loose = sum(t not in set(used) for t in top)
+    if used and loose:
+        raise ValueError(f"data: '{folder}' has class folders {used[:5]} and {loose} images beside them; expected one or the other")
+    class_names = tuple(used) or (folder.resolve().name,)
+    labels = torch.tensor([used.index(t) if used else 0 for t in top])
+    counts = labels.bincount(minlength=len(class_names))
+    if int(counts.min()) < 2:
+        raise ValueError(f"data: class '{class_names[int(counts.argmin())]}' has {int(counts.min())} images; expected at least 2")
+    pixels = torch.stack([_pixels(p, size) for p in paths])  # [N, 3, size, size]
+    if bool((pixels == pixels[:, :1]).all()):
+        pixels = pixels[:, :1].contiguous()
+    return _standardise(folder.resolve().name, pixels, labels, class_names)
+
+
+def stratified_halves(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Two disjoint index sets with the same number of samples of every class, each sorted by class.
+
+    Of a class with an odd count one random sample stays out: Fréchet distances depend on n and on the label counts,
+    so everything that is compared has exactly these.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first, second = [], []
+    for label in range(int(labels.max()) + 1):
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        half = len(members) // 2
+        first.append(members[:half])
+        second.append(members[half : 2 * half])
+    return torch.cat(first), torch.cat(second)

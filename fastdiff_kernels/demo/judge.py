@@ -1,0 +1,82 @@
+"""One judge for every row: samples against held-out data, equal n and equal label counts everywhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import ImageData, stratified_halves
+from .features import FeatureExtractor, frechet_distance, train_feature_extractor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Mean and standard deviation of the Fréchet distance over the sample sets, the network calls of one set, and ms per sample."""
+
+    frechet: float
+    frechet_std: float
+    calls: int
+    ms_per_sample: float
+
+    def as_row(self) -> dict[str, float | int]:
+        return dict(self.__dict__)
+
+
+class Judge:
+    """Holds the split, the fixed features, the held-out statistics and the noise of the sample sets."""
+
+    def __init__(self, data: ImageData, *, seed: int, feature_epochs: int, sets: int, floor_splits: int) -> None:
+        self.data, self.seed = data, seed
+        self.train_index, self.held_out_index = stratified_halves(data.labels, seed)
+        self.images, self.train_labels = data.images[self.train_index], data.labels[self.train_index]
+        self.labels = data.labels[self.held_out_index]
+        self.sets = sets
+        self.extractor: FeatureExtractor = train_feature_extractor(
+            self.images, self.train_labels, data.num_classes, epochs=feature_epochs, seed=seed
+        )
+        features = self.extractor.features(data.images)
+        self.held_out_features = features[self.held_out_index.numpy()]
+        self.floor = frechet_distance(features[self.train_index.numpy()], self.held_out_features)
+        splits = [stratified_halves(data.labels, seed + 1 + i) for i in range(floor_splits)]
+        self.floor_over_splits = [frechet_distance(features[a.numpy()], features[b.numpy()]) for a, b in splits]
+        held_out_images = data.images[self.held_out_index]
+        self.accuracy = self.extractor.accuracy(held_out_images, self.labels)
+
+    def noise(self, index: int) -> Tensor:
+        """Standard normals of sample set `index`, [n, C, H, W]: the same for every row."""
+        generator = torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + index)
+        return torch.randn(len(self.labels), *self.data.sample_shape, generator=generator)
+
+    def frechet(self, samples: Tensor) -> float:
+        """Distance of as many samples as there are held-out images, in the order of `labels`."""
+        if samples.shape[0] != len(self.labels):
+            raise ValueError(f"samples: got {samples.shape[0]}; expected {len(self.labels)}, one for each held-out image")
+        return frechet_distance(self.extractor.features(samples), self.held_out_features)
+
+    def judge(self, sampler: Callable[[Tensor, int], tuple[Tensor, int]]) -> Verdict:
+        """`sampler(noise, index of the set)` -> (samples, network calls), judged on every set; the fastest set gives the time."""
+        distances, seconds, calls = [], [], 0
+        for index in range(self.sets):
+            noise = self.noise(index)
+            start = time.perf_counter()
+            samples, calls = sampler(noise, index)
+            seconds.append(time.perf_counter() - start)
+            distances.append(self.frechet(samples))
+        return Verdict(float(np.mean(distances)), float(np.std(distances)), calls, 1e3 * min(seconds) / len(self.labels))
+
+    def summary(self) -> dict[str, object]:
+        return {
+            "samples_per_set": len(self.labels),
+            "sets": self.sets,
+            "label_counts": self.labels.bincount(minlength=self.data.num_classes).tolist(),
+            "floor": self.floor,
+            "floor_over_splits_mean": float(np.mean(self.floor_over_splits)),
+            "floor_over_splits_std": float(np.std(self.floor_over_splits)),
+            "floor_over_splits_max": float(np.max(self.floor_over_splits)),
+            "feature_extractor_held_out_accuracy": self.accuracy,
+        }
