@@ -1,0 +1,108 @@
+"""Building and loading: what happens on machines that lack something."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastdiff_kernels
+
+PACKAGE = Path(fastdiff_kernels.__file__).parent
+ROOT = PACKAGE.parent
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")
+
+
+def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def run_python(code: str, path: Path, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(path), **environment}
+    return subprocess.run([sys.executable, "-c", code], cwd=path, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def uncompiled(tmp_path: Path) -> Path:
+    """A folder with the package as it is installed where there is no compiler."""
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path: Path):
+    done = build(tmp_path, PATH=str(tmp_path), CXX="")
+    assert done.returncode == 0, done.stderr
+    assert "installing without compiled kernels: no C++ compiler was found" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_wrong_switch_is_refused(tmp_path: Path):
+    done = build(tmp_path, FASTDIFF_CUDA="yes")
+    assert done.returncode != 0
+    assert "FASTDIFF_CUDA must be auto, 1 or 0; got 'yes'" in done.stderr
+
+
+def test_an_uncompiled_package_works_and_warns_once(uncompiled: Path):
+    code = """
+import torch, warnings
+from fastdiff_kernels import explain, ops
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    x = torch.zeros(2, 3, requires_grad=True)
+    for _ in range(3):
+        ops.denoising_loss(x, torch.ones(2, 3)).sum().backward()
+assert torch.equal(x.grad, torch.full((2, 3), -6.0)), x.grad
+print(len([w for w in caught if "PyTorch definitions on CPU" in str(w.message)]))
+print(explain(ops.lcss_noise, torch.zeros(1, 2), 0))
+"""
+    done = run_python(code, uncompiled)
+    assert done.returncode == 0, done.stderr
+    warned, explanation = done.stdout.strip().splitlines()
+    assert warned == "1"
+    assert explanation.startswith("lcss_noise: reference (cpu: the compiled library is missing")
+
+
+def test_doctor_of_an_uncompiled_package_says_what_to_do(uncompiled: Path):
+    done = run_python("from fastdiff_kernels import doctor; print(doctor.report())", uncompiled)
+    assert done.returncode == 0, done.stderr
+    assert "! built: nothing was compiled. Install a C++ compiler, then: pip install" in done.stdout
+    assert "lcss_noise                       its definition in PyTorch" in done.stdout
+
+
+def test_a_library_that_does_not_load_is_explained(uncompiled: Path):
+    (uncompiled / PACKAGE.name / "_native.so").write_bytes(b"not a library")
+    done = run_python("from fastdiff_kernels import _loader; print(_loader.load())", uncompiled)
+    assert "does not load in torch" in done.stdout
+    assert "Rebuild it with: pip install" in done.stdout
+
+
+def test_doctor_names_what_was_built_and_what_runs():
+    from fastdiff_kernels import doctor
+
+    text = doctor.report()
+    assert f"fastdiff-kernels {fastdiff_kernels.__version__}" in text
+    assert "loaded: _native.so" in text
+    assert "built for CPU: baseline" in text
+    assert "for torch >= 2.11" in text
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_results(isa: str, tmp_path: Path):
+    """The kernels of each variant the machine can run agree with the definitions; the integers of the noise exactly."""
+    code = """
+import torch, fastdiff_kernels as f
+x = torch.linspace(-2, 2, 3 * 1037, dtype=torch.float64).reshape(3, 1037)
+results = [f.ops.lcss_noise(x, 11), f.ops.lcss_loss(x, 11, 0.5), f.ops.denoising_loss(x, x.flip(0))]
+with f.backend("reference"):
+    expected = [f.ops.lcss_noise(x, 11), f.ops.lcss_loss(x, 11, 0.5), f.ops.denoising_loss(x, x.flip(0))]
+for a, e in zip(results, expected):
+    torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
+"""
+    done = run_python(code, ROOT, FASTDIFF_ISA=isa)
+    assert done.returncode == 0, done.stderr
