@@ -14,7 +14,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train a teacher, optimise its schedule, skip its steps, distil it to one step; write a report",
-        description="Trains, speeds up and distils a diffusion model on real images, and writes report.html, PNGs, metrics.json and the networks.",
+        description="Trains, speeds up and distils a diffusion model on real images; writes a report, metrics.json and the networks.",
     )
     demo.add_argument("--data", metavar="FOLDER", help="images of your own, sub-folders are the classes (default: scikit-learn's digits)")
     demo.add_argument("--size", type=int, default=16, help="side length that the images of --data are resized to (default: %(default)s)")

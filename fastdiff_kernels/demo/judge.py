@@ -16,15 +16,16 @@ from .features import FeatureExtractor, frechet_distance, train_feature_extracto
 
 @dataclass(frozen=True)
 class Verdict:
-    """Mean and standard deviation of the Fréchet distance over the sample sets, the network calls of one set, and ms per sample."""
+    """Fréchet distance, its mean and standard deviation over the sample sets; network calls (the most of any set); the first set."""
 
     frechet: float
     frechet_std: float
     calls: int
     ms_per_sample: float
+    samples: Tensor
 
     def as_row(self) -> dict[str, float | int]:
-        return dict(self.__dict__)
+        return {name: value for name, value in self.__dict__.items() if name != "samples"}
 
 
 class Judge:
@@ -60,14 +61,17 @@ class Judge:
 
     def judge(self, sampler: Callable[[Tensor, int], tuple[Tensor, int]]) -> Verdict:
         """`sampler(noise, index of the set)` -> (samples, network calls), judged on every set; the fastest set gives the time."""
-        distances, seconds, calls = [], [], 0
+        distances, seconds, calls, drawn = [], [], [], []
         for index in range(self.sets):
             noise = self.noise(index)
             start = time.perf_counter()
-            samples, calls = sampler(noise, index)
+            samples, nfe = sampler(noise, index)
             seconds.append(time.perf_counter() - start)
+            calls.append(nfe)
             distances.append(self.frechet(samples))
-        return Verdict(float(np.mean(distances)), float(np.std(distances)), calls, 1e3 * min(seconds) / len(self.labels))
+            drawn.append(samples)
+        ms_per_sample = 1e3 * min(seconds) / len(self.labels)
+        return Verdict(float(np.mean(distances)), float(np.std(distances)), max(calls), ms_per_sample, drawn[0])
 
     def summary(self) -> dict[str, object]:
         return {

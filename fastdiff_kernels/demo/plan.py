@@ -57,7 +57,7 @@ def predict(settings: Settings, data: ImageData, samples: int) -> dict[str, floa
         "teacher": training("score", settings.teacher) + judged(2 * settings.teacher_steps - 1),
         "lcss": training("score", settings.lcss) + judged(2 * settings.teacher_steps - 1),
         "schedule": judged(2 * heun + few) + settings.schedule_knots * 128 / samples * call_seconds,
-        "skipping": judged(skip_calls) + skip_calls * call_seconds,
+        "skipping": judged(skip_calls),
         "sim": training("sim", settings.sim) + judged(1),
     }
     for steps in settings.moment_matching_steps:

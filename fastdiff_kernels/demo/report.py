@@ -126,12 +126,16 @@ def _grids(captions: dict[str, tuple[str, str]], out: Path) -> str:
 def _sections(metrics: dict, captions: dict[str, tuple[str, str]], out: Path) -> list[tuple[str, str, str]]:
     """(heading, note, body) in order."""
     settings, held_out, schedule = metrics["settings"], metrics["held_out"], metrics["schedule"]
-    count = held_out["samples_per_set"]
+    accuracy, count = held_out["feature_extractor_held_out_accuracy"], held_out["samples_per_set"]
     judged = (
-        f"Fréchet distance on {metrics['num_features']} features of a small classifier that was trained on the training half alone "
-        f"(held-out accuracy {held_out['feature_extractor_held_out_accuracy']:.3f}), against {count} held-out images. Every row is the mean over "
-        f"{held_out['sets']} sample sets, each with the same number of images and the same labels as the held-out half. The floor is the "
-        f"distance of the training images. Times are of the whole sampler on this CPU, per sample, in a batch of {count}."
+        f"Fréchet distance on {metrics['num_features']} features of a small classifier, trained on the training half alone "
+        f"(held-out accuracy {accuracy:.3f}), against {count} held-out images. Every row is the mean over {held_out['sets']} "
+        "sample sets, each with the same number of images and the same labels as the held-out half. The floor is the distance of the "
+        f"training images. Times are of the whole sampler on this CPU, per sample, in a batch of {count}."
+    )
+    skipping = (
+        f"{settings['skip_steps']} {settings['skip_solver']} steps; PSNR is against the trajectory that computes every step. Beside each "
+        "adaptive rule stand two baselines with exactly as many network calls: computed steps spread evenly, and plainly fewer steps."
     )
     return [
         ("Samples", "The same initial noise and the same classes in every picture.", _grids(captions, out)),
@@ -145,8 +149,7 @@ def _sections(metrics: dict, captions: dict[str, tuple[str, str]], out: Path) ->
         ),
         (
             "Step skipping",
-            f"{settings['skip_steps']} {settings['skip_solver']} steps; PSNR is against the trajectory that computes every step. Beside "
-            "each adaptive rule stand two baselines with exactly as many network calls: computed steps spread evenly, and plainly fewer steps.",
+            skipping,
             _embed(out / "skipping.png", "which steps called the network"),
         ),
         ("Training", "", _embed(out / "losses.png", "loss curves")),

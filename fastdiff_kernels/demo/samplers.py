@@ -10,26 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..diffusion import AdaptiveSkip, FixedSkip, SampleResult, Schedule, sample
+from ..diffusion import AdaptiveSkip, FixedSkip, Schedule, sample
 
 Sampler = Callable[[Tensor, int], tuple[Tensor, int]]
 
 
-def solve(denoiser: nn.Module, labels: Tensor, schedule: Schedule, solver: str, skip: AdaptiveSkip | FixedSkip | None = None) -> Sampler:
-    """The probability-flow solver of `diffusion.sample`."""
+def solve(
+    denoiser: nn.Module,
+    labels: Tensor,
+    schedule: Schedule,
+    solver: str,
+    skip: AdaptiveSkip | FixedSkip | None = None,
+    skipped: list[list[bool]] | None = None,
+) -> Sampler:
+    """The probability-flow solver of `diffusion.sample`; which steps each run skipped is appended to `skipped`."""
 
     def sampler(noise: Tensor, index: int) -> tuple[Tensor, int]:
-        result = solve_once(denoiser, labels, noise, schedule, solver, skip)
+        result = sample(denoiser, noise, schedule, solver=solver, conditioning={"class_labels": labels}, skip=skip)
+        if skipped is not None:
+            skipped.append(result.skipped.tolist())
         return result.samples, result.nfe
 
     return sampler
-
-
-def solve_once(
-    denoiser: nn.Module, labels: Tensor, noise: Tensor, schedule: Schedule, solver: str, skip: AdaptiveSkip | FixedSkip | None = None
-) -> SampleResult:
-    """One trajectory batch with everything `diffusion.sample` reports."""
-    return sample(denoiser, noise, schedule, solver=solver, conditioning={"class_labels": labels}, skip=skip)
 
 
 def one_call(generator: nn.Module, labels: Tensor, sigma_init: float) -> Sampler:

@@ -62,8 +62,18 @@ class Settings:
         quick = Training(steps=120, batch_size=64, learning_rate=2e-3, ema_decay=0.97, warmup_steps=10)
         short = Training(steps=40, batch_size=32, learning_rate=3e-4, ema_decay=0.95, warmup_steps=5)
         return cls(
-            seed=seed, channels=16, teacher=quick, lcss=quick, schedule_knots=64, sim=short, moment_matching=short,
-            feature_epochs=10, frechet_sets=1, floor_splits=10, grid_rows=2, name="fast",
+            seed=seed,
+            channels=16,
+            teacher=quick,
+            lcss=quick,
+            schedule_knots=64,
+            sim=short,
+            moment_matching=short,
+            feature_epochs=10,
+            frechet_sets=1,
+            floor_splits=10,
+            grid_rows=2,
+            name="fast",
         )
 
     def fingerprint(self, data: ImageData) -> str:

@@ -16,7 +16,7 @@ from ..distill import LearningRate, MomentMatchingDistiller, Recipe, ScoreTraine
 from ..nn import UNet
 from .data import ImageData
 from .judge import Judge, Verdict
-from .samplers import EvenSkip, Sampler, ancestral, one_call, psnr, solve, solve_once
+from .samplers import EvenSkip, Sampler, ancestral, one_call, psnr, solve
 from .settings import Settings, Training
 
 FEW_CALLS = (1, 2, 4, 8)
@@ -191,37 +191,37 @@ def _solver(denoiser: nn.Module, schedule: Schedule, solver: str) -> Callable[[T
 def skip_steps(bench: Bench) -> Stage:
     """Stage 3: AdaptiveSkip on a long trajectory, beside an even stride and plainly fewer steps at the same number of calls."""
     settings, teacher = bench.settings, bench.networks["teacher"]
-    labels, noise = bench.judge.labels, bench.judge.noise(0)
     steps, solver = settings.skip_steps, settings.skip_solver
     schedule = karras(settings, steps)
-    full = solve_once(teacher, labels, noise, schedule, solver)
     stage = Stage(details={"steps": steps, "solver": solver, "skipped": {}})
-    stage.rows["full"] = bench.judged(f"All {steps} steps", "skipping", _solver(teacher, schedule, solver))
-    stage.grids["full"] = bench.picture(_solver(teacher, schedule, solver))
+
+    def judged(name: str, label: str, levels: Schedule, skip: AdaptiveSkip | EvenSkip | None, baselines: tuple[str, ...] = ()) -> Verdict:
+        pattern: list[list[bool]] = []
+
+        def make(labels: Tensor) -> Sampler:
+            return solve(teacher, labels, levels, solver, skip, pattern)
+
+        verdict = bench.judge.judge(make(bench.judge.labels))
+        stage.rows[name] = row(label, "skipping", verdict, baselines)
+        if skip is not None:
+            stage.details["skipped"][name] = pattern[0]
+        if name == "full" or baselines:
+            stage.grids[name] = bench.picture(make)
+        return verdict
+
+    full = judged("full", f"All {steps} steps", schedule, None).samples
     for reuse in ("hold", "extrapolate"):
-        rule = AdaptiveSkip(settings.skip_threshold, settings.skip_max, reuse=reuse)
-        result = solve_once(teacher, labels, noise, schedule, solver, rule)
-        even = EvenSkip(every=1, reuse=reuse, calls=result.nfe, steps=steps)
-        fewer = karras(settings, result.nfe)
         names = {kind: f"{kind}_{reuse}" for kind in ("adaptive", "even", "fewer")}
-        trials = (
-            ("adaptive", f"AdaptiveSkip, {reuse}", schedule, rule, (names["even"], names["fewer"])),
-            ("even", f"Even stride, {reuse}", schedule, even, ()),
-            ("fewer", f"{result.nfe} plain steps", fewer, None, ()),
-        )
-        for kind, label, levels, skip, baselines in trials:
-            run = solve_once(teacher, labels, noise, levels, solver, skip)
-
-            def make(labels: Tensor, levels: Schedule = levels, skip: AdaptiveSkip | EvenSkip | None = skip) -> Sampler:
-                return solve(teacher, labels, levels, solver, skip)
-
-            name = names[kind]
-            stage.rows[name] = bench.judged(label, "skipping", make, baselines)
-            stage.rows[name]["psnr"] = psnr(run.samples, full.samples, bench.data.scale)
-            if skip is not None:
-                stage.details["skipped"][name] = run.skipped.tolist()
-            if kind == "adaptive":
-                stage.grids[name] = bench.picture(make)
+        rule = AdaptiveSkip(settings.skip_threshold, settings.skip_max, reuse=reuse)
+        adaptive = judged(names["adaptive"], f"AdaptiveSkip, {reuse}", schedule, rule, (names["even"], names["fewer"]))
+        even = EvenSkip(every=1, reuse=reuse, calls=adaptive.calls, steps=steps)
+        verdicts = {
+            "adaptive": adaptive,
+            "even": judged(names["even"], f"Even stride, {reuse}", schedule, even),
+            "fewer": judged(names["fewer"], f"{adaptive.calls} plain steps", karras(settings, adaptive.calls), None),
+        }
+        for kind, verdict in verdicts.items():
+            stage.rows[names[kind]]["psnr"] = psnr(verdict.samples, full, bench.data.scale)
     return stage
 
 

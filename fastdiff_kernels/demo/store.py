@@ -54,8 +54,12 @@ class Store:
         for key, network in stage.networks.items():
             self.save_network(key, network)
         record = {
-            "fingerprint": self.fingerprint, "seconds": seconds, "rows": stage.rows, "curves": stage.curves,
-            "details": stage.details, "networks": sorted(stage.networks),
+            "fingerprint": self.fingerprint,
+            "seconds": seconds,
+            "rows": stage.rows,
+            "curves": stage.curves,
+            "details": stage.details,
+            "networks": sorted(stage.networks),
         }
         partial = self.stages / f"{name}.json.partial"
         partial.write_text(json.dumps(record))

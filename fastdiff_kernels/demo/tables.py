@@ -36,7 +36,11 @@ def results_table(metrics: dict) -> str:
         _line("", "network calls", "ms per sample", "Fréchet distance", "PSNR, dB", last="at equal calls", tag="th"),
         _group("Floor", 6),
         _line(
-            "Training images against held-out images", "0", "", f"{held_out['floor']:.4f}", "",
+            "Training images against held-out images",
+            "0",
+            "",
+            f"{held_out['floor']:.4f}",
+            "",
             last=f"over {len(metrics['floor_over_splits'])} other splits: {spread}",
         ),
     ]
