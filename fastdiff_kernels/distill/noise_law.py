@@ -27,6 +27,9 @@ class LogNormal:
         return lognormal_sigmas(count, mean=self.mean, std=self.std, device=generator.device, generator=generator)
 
 
+EDM_LAW = LogNormal()
+
+
 @dataclass(frozen=True)
 class KarrasUniform:
     """sigma = (sigma_min^(1/rho) + u (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, u ~ U(0, u_max).

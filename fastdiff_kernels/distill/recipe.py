@@ -167,7 +167,7 @@ class Recipe(ABC):
             average.copy_(value)
 
     def state_dict(self) -> dict:
-        """Everything a run depends on: networks, optimisers, average, random state, step. The teacher, which does not change, is not in it."""
+        """Networks, optimisers, average, random state and step: all a run depends on but the teacher, which does not change."""
         return {
             "recipe": type(self).__name__,
             "steps_done": self.steps_done,

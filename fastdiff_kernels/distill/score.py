@@ -11,7 +11,7 @@ from .. import ops
 from ..diffusion import Schedule, edm_weight, sample
 from ._checks import check_choice, check_conditioning, check_count, check_data, check_denoiser, check_number, check_shape
 from .learning_rate import LearningRate
-from .noise_law import LogNormal
+from .noise_law import EDM_LAW
 from .recipe import Learner, Recipe, data_scale, mixed_seed, per_sample
 
 
@@ -33,7 +33,7 @@ class ScoreTrainer(Recipe):
         denoiser: module called as denoiser(x, sigma, **conditioning); it is trained in place.
         loss: "dsm" or "lcss".
         learning_rate: a number or a `LearningRate`.
-        noise_law: noise levels of the training, called as noise_law(count, generator) -> float32 [count].
+        noise_law: noise levels of the training, EDM's log-normal unless given; called as noise_law(count, generator) -> float32 [count].
         sigma_data: scale of the data in the weight; the denoiser's own unless given.
         reading, gamma, local_ratio: of "lcss", above.
         antithetic: "lcss" evaluates at centre + sigma' xi and centre - sigma' xi, which costs two passes and removes most of the variance.
@@ -52,7 +52,7 @@ class ScoreTrainer(Recipe):
         *,
         loss: str = "dsm",
         learning_rate: float | LearningRate = 1e-3,
-        noise_law: Callable[[int, torch.Generator], Tensor] = LogNormal(),
+        noise_law: Callable[[int, torch.Generator], Tensor] = EDM_LAW,
         sigma_data: float | None = None,
         reading: str = "A",
         gamma: float = 1.0,

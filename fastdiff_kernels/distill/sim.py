@@ -11,7 +11,7 @@ from .. import ops
 from ..diffusion import edm_weight
 from ._checks import check_choice, check_conditioning, check_count, check_data, check_denoiser, check_number, check_shape
 from .learning_rate import LearningRate
-from .noise_law import LogNormal
+from .noise_law import EDM_LAW
 from .recipe import Learner, Recipe, data_scale, frozen, mixed_seed, per_sample, trainable_copy
 
 
@@ -35,7 +35,8 @@ class SIMDistiller(Recipe):
             since otherwise large noise levels drown the others.
         c: the pseudo-Huber constant, on the norm over all elements of a denoised sample.
         weight: weight(sigma) [B] -> [B]; 1 unless given.
-        generator_law, fake_law: noise levels of either half, called as law(count, generator) -> float32 [count].
+        generator_law, fake_law: noise levels of either half, EDM's log-normal unless given; called as law(count, generator) and giving
+            float32 [count].
         sigma_data: scale of the data in the fake's weight; the teacher's own unless given.
         fake_steps: updates of the fake for one of the generator.
         betas, eps, clip: of both Adams, and the norm the gradients are clipped at (None: not).
@@ -55,8 +56,8 @@ class SIMDistiller(Recipe):
         distance: str = "pseudo_huber",
         c: float = 1e-3,
         weight: Callable[[Tensor], Tensor] | None = None,
-        generator_law: Callable[[int, torch.Generator], Tensor] = LogNormal(),
-        fake_law: Callable[[int, torch.Generator], Tensor] = LogNormal(),
+        generator_law: Callable[[int, torch.Generator], Tensor] = EDM_LAW,
+        fake_law: Callable[[int, torch.Generator], Tensor] = EDM_LAW,
         sigma_data: float | None = None,
         fake_steps: int = 1,
         betas: tuple[float, float] = (0.0, 0.99),

@@ -17,7 +17,8 @@ def positive_int(name: str, value: object, minimum: int = 1) -> int:
 def divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     """Raise unless `divisor` divides `value`."""
     if value % divisor:
-        raise ValueError(f"{name} must be divisible by {divisor_name}, got {name}={value} and {divisor_name}={divisor}")
+        also = "" if divisor_name == str(divisor) else f" and {divisor_name}={divisor}"
+        raise ValueError(f"{name} must be divisible by {divisor_name}, got {name}={value}{also}")
 
 
 def network_input(x: torch.Tensor, noise_level: torch.Tensor, channels: int, multiple: int) -> None:

@@ -27,9 +27,20 @@ class DiT(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, *, patch_size: int = 2, dim: int = 128, depth: int = 4, num_heads: int = 4, mlp_ratio: float = 4.0,
-        num_classes: int = 0, positions: str = "sincos", image_size: int | tuple[int, int] | None = None, rope: bool = False,
-        qk_norm: str | None = None, out_channels: int | None = None,
+        self,
+        in_channels: int,
+        *,
+        patch_size: int = 2,
+        dim: int = 128,
+        depth: int = 4,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 0,
+        positions: str = "sincos",
+        image_size: int | tuple[int, int] | None = None,
+        rope: bool = False,
+        qk_norm: str | None = None,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.in_channels = positive_int("in_channels", in_channels)
@@ -45,7 +56,9 @@ class DiT(nn.Module):
         if positions == "sincos":
             divides("4", 4, "dim", dim)
         if (positions == "learned") != (image_size is not None):
-            raise ValueError(f'image_size must be given exactly when positions is "learned", got positions={positions!r}, image_size={image_size!r}')
+            raise ValueError(
+                f'image_size must be given exactly when positions is "learned", got positions={positions!r}, image_size={image_size!r}'
+            )
         self.positions = positions
         self.grid = self._grid(image_size) if image_size is not None else None
         self.position_table = nn.Parameter(0.02 * torch.randn(self.grid[0] * self.grid[1], dim)) if self.grid else None
@@ -79,7 +92,7 @@ class DiT(nn.Module):
         if self.grid is not None and self.grid != (rows, columns):
             raise ValueError(f"x must have the {self.grid[0]}x{self.grid[1]} patches that positions were learned for, got {rows}x{columns}")
         condition = self.embedding(noise_level, class_labels)  # [B, C]
-        h = self.patch_in(F.pixel_unshuffle(x, self.patch_size).flatten(2).transpose(1, 2))  # [B, N, C]
+        h = self.patch_in(self._patches(x, rows, columns))  # [B, N, C]
         if self.positions == "sincos":
             h = h + sincos_positions(rows, columns, self.dim, device=h.device, dtype=h.dtype)
         elif self.position_table is not None:
@@ -89,4 +102,18 @@ class DiT(nn.Module):
             h = block(h, condition, rope)
         shift, scale = self.modulation(F.silu(condition)).to(h.dtype).chunk(2, dim=1)
         patches = full_precision_output(self.patch_out, ops.layer_norm_modulate(h, shift, scale))  # [B, N, out * patch^2]
-        return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (rows, columns)), self.patch_size)
+        return self._image(patches, rows, columns)
+
+    # Not pixel_shuffle and pixel_unshuffle, which get the shape of an empty batch wrong.
+    def _patches(self, x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        batch, channels, side = x.shape[0], x.shape[1], self.patch_size
+        return (
+            x.reshape(batch, channels, rows, side, columns, side)
+            .permute(0, 2, 4, 1, 3, 5)
+            .reshape(batch, rows * columns, channels * side**2)
+        )
+
+    def _image(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        batch, side = patches.shape[0], self.patch_size
+        pixels = patches.view(batch, rows, columns, self.out_channels, side, side).permute(0, 3, 1, 4, 2, 5)
+        return pixels.reshape(batch, self.out_channels, rows * side, columns * side)

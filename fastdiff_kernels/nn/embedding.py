@@ -55,7 +55,9 @@ class ConditionEmbedding(nn.Module):
         return class_labels
 
 
-def sincos_positions(height: int, width: int, dim: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def sincos_positions(
+    height: int, width: int, dim: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Fixed 2-D sine-cosine positions [height*width, dim] (row-major); half of dim for the row, half for the column (ViT, MAE)."""
     divides("4", 4, "dim", dim)
     frequencies = 10000.0 ** (-torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
@@ -66,8 +68,10 @@ def sincos_positions(height: int, width: int, dim: int, *, device: torch.device 
     return torch.cat([rows, columns], dim=2).reshape(height * width, dim).to(dtype)
 
 
-def axial_rope(height: int, width: int, head_dim: int, *, base: float = 100.0, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Axial rotary tables: cos and sin, float32 [height*width, head_dim/2]; the first half turns with the row, the second with the column."""
+def axial_rope(
+    height: int, width: int, head_dim: int, *, base: float = 100.0, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Axial rotary tables cos, sin, float32 [height*width, head_dim/2]: one half turns with the row, the other with the column."""
     divides("4", 4, "head_dim", head_dim)
     frequencies = base ** (-torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
     rows = (torch.arange(height, device=device, dtype=torch.float32)[:, None] * frequencies)[:, None].expand(height, width, -1)

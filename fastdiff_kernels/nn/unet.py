@@ -34,9 +34,20 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, *, channels: int = 32, multipliers: Sequence[int] = (1, 2), blocks: int = 1,
-        attention_levels: Sequence[int] = (), num_heads: int = 2, num_groups: int = 8, num_classes: int = 0,
-        condition_dim: int | None = None, qk_norm: str | None = None, dropout: float = 0.0, out_channels: int | None = None,
+        self,
+        in_channels: int,
+        *,
+        channels: int = 32,
+        multipliers: Sequence[int] = (1, 2),
+        blocks: int = 1,
+        attention_levels: Sequence[int] = (),
+        num_heads: int = 2,
+        num_groups: int = 8,
+        num_classes: int = 0,
+        condition_dim: int | None = None,
+        qk_norm: str | None = None,
+        dropout: float = 0.0,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.in_channels = positive_int("in_channels", in_channels)

@@ -107,7 +107,9 @@ def test_time_map(tiny_denoiser, sigma_data):
 def test_levels_of_a_training_pair(tiny_denoiser, num_steps):
     distiller = MomentMatchingDistiller(tiny_denoiser(), num_steps=num_steps, sigma_min=0.02)
     sigma_s, sigma_t = distiller._draw_levels(5000)
-    assert (0.02 <= sigma_s).all() and (sigma_s <= sigma_t).all() and (sigma_t <= 80).all()
+    assert (sigma_s >= 0.02).all()
+    assert (sigma_s <= sigma_t).all()
+    assert (sigma_t <= 80).all()
     time_s, time_t = ((sigma.double() / 0.5).atan() / torch.tensor(160.0).double().atan() for sigma in (sigma_s, sigma_t))
     assert (time_t - time_s).max() < 1 / num_steps + 1e-4
     inner = time_s > 0.05
@@ -122,7 +124,8 @@ def test_turns_alternate(tiny_denoiser):
         metrics = distiller.step(data)
         still = {name: all(map(torch.equal, old, getattr(distiller, name).parameters())) for name, old in before.items()}
         assert still == {mover: False, other: True, "teacher": True}, turn
-        assert ("loss" in metrics) == (mover == "student") and ("auxiliary_loss" in metrics) == (mover == "auxiliary")
+        assert ("loss" in metrics) == (mover == "student")
+        assert ("auxiliary_loss" in metrics) == (mover == "auxiliary")
 
 
 def test_auxiliary_that_is_the_teacher_gives_the_student_no_gradient(tiny_denoiser):

@@ -13,7 +13,8 @@ def rng(seed=0):
 @pytest.mark.parametrize(("mean", "std"), [(-1.2, 1.2), (0.3, 0.5)])
 def test_log_normal_moments(mean, std):
     sigma = LogNormal(mean, std)(100_000, rng())
-    assert sigma.dtype == torch.float32 and sigma.shape == (100_000,)
+    assert sigma.dtype == torch.float32
+    assert sigma.shape == (100_000,)
     assert sigma.log().mean().item() == pytest.approx(mean, abs=5 * std / 100_000**0.5)
     assert sigma.log().std().item() == pytest.approx(std, rel=0.01)
 

@@ -24,7 +24,9 @@ every_recipe = pytest.mark.parametrize("make", [pytest.param(make, id=name) for 
 
 def batches(count, size=6):
     rng = torch.Generator().manual_seed(1)
-    return [(torch.randn(size, 1, 4, 4, generator=rng), {"class_labels": torch.randint(0, 3, (size,), generator=rng)}) for _ in range(count)]
+    return [
+        (torch.randn(size, 1, 4, 4, generator=rng), {"class_labels": torch.randint(0, 3, (size,), generator=rng)}) for _ in range(count)
+    ]
 
 
 def run(recipe, data):
@@ -100,13 +102,15 @@ def test_generator_is_the_moving_average(tiny_denoiser, make):
         decay = min(0.15, (1 + step) / (10 + step))
         expected = [decay * old + (1 - decay) * new.detach() for old, new in zip(expected, trained.parameters(), strict=True)]
         torch.testing.assert_close(list(recipe.generator.parameters()), expected)
-    assert not recipe.generator.training and not any(parameter.requires_grad for parameter in recipe.generator.parameters())
+    assert not recipe.generator.training
+    assert not any(parameter.requires_grad for parameter in recipe.generator.parameters())
 
 
 @every_recipe
 def test_metrics_are_floats(tiny_denoiser, make):
     for metrics in run(make(tiny_denoiser()), batches(2)):
-        assert metrics and all(type(value) is float for value in metrics.values())
+        assert metrics
+        assert all(type(value) is float for value in metrics.values())
 
 
 @every_recipe
@@ -153,7 +157,8 @@ def test_teacher_stays_the_callers_module(tiny_denoiser):
     run(distiller, batches(2))
     assert distiller.teacher is teacher
     assert_equal_state(teacher.state_dict(), before)
-    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_mixed_seeds_differ_in_every_part():

@@ -49,7 +49,8 @@ def test_batches_depend_on_seed_and_step_alone(recipe):
 
 def test_a_batch_may_be_larger_than_the_data(recipe):
     batch, conditioning = trainer(recipe(), batch_size=23).batches(1)
-    assert batch.shape == (23, 1, 4, 4) and conditioning["class_labels"].shape == (23,)
+    assert batch.shape == (23, 1, 4, 4)
+    assert conditioning["class_labels"].shape == (23,)
 
 
 def test_history_and_log_hold_every_step(recipe):
@@ -62,7 +63,8 @@ def test_history_and_log_hold_every_step(recipe):
 
 def test_history_of_metrics_that_alternate(tiny_denoiser):
     history = trainer(MomentMatchingDistiller(tiny_denoiser(), num_steps=2)).fit()
-    assert history["auxiliary_loss/step"] == [0, 2, 4, 6] and history["loss/step"] == [1, 3, 5, 7]
+    assert history["auxiliary_loss/step"] == [0, 2, 4, 6]
+    assert history["loss/step"] == [1, 3, 5, 7]
 
 
 def test_runs_without_data(tiny_denoiser):
@@ -71,7 +73,8 @@ def test_runs_without_data(tiny_denoiser):
     assert len(plain.fit()["loss"]) == 2
     labelled = Trainer(SIMDistiller(tiny_denoiser(), sample_shape=(1, 4, 4)), steps=2, batch_size=3, conditioning={"class_labels": LABELS})
     batch, conditioning = labelled.batches(0)
-    assert batch == 3 and conditioning["class_labels"].shape == (3,)
+    assert batch == 3
+    assert conditioning["class_labels"].shape == (3,)
 
 
 def test_batches_from_a_function(recipe):
@@ -192,7 +195,9 @@ def test_progress_bar_names_the_recipe_and_its_metrics(recipe, capsys):
     pytest.importorskip("tqdm")
     trainer(recipe(), steps=3, progress=True).fit()
     shown = capsys.readouterr().err
-    assert "ScoreTrainer" in shown and "3/3" in shown and "loss=" in shown
+    assert "ScoreTrainer" in shown
+    assert "3/3" in shown
+    assert "loss=" in shown
 
 
 def test_a_launch_in_several_processes_is_refused(recipe, monkeypatch):
