@@ -19,13 +19,13 @@ def posterior_sample(
     """z_s ~ q(z_s | z_t, denoised): r z_t + (1 - r) denoised + sigma_s sqrt(1 - r) noise, r = (sigma_s / sigma_t)^2."""
     dtype = compute_dtype(denoised)
     sigma_s, sigma_t = (per_sample(sigma, denoised).double() for sigma in (sigma_s, sigma_t))
-    # (1 - r) cancels when sigma_s is close to sigma_t; this product does not.
-    forgotten = (sigma_t - sigma_s) * (sigma_t + sigma_s) / sigma_t.square()
-    spread = (sigma_s * forgotten.sqrt()).to(dtype)
-    forgotten = forgotten.to(dtype)
+    kept = (sigma_s / sigma_t).square()
+    # 1 - r cancels when sigma_s is close to sigma_t; this product does not.
+    forgotten = (sigma_t - sigma_s) * (sigma_t + sigma_s) / (sigma_t * sigma_t)
+    spread = sigma_s * forgotten.sqrt()
+    kept, forgotten, spread = (constant.to(dtype) for constant in (kept, forgotten, spread))
     noise = normals(denoised.shape, seed, offset, "posterior", denoised.device).to(dtype)
-    denoised_wide, noisy_wide = denoised.to(dtype), noisy.to(dtype)
-    return ((1 - forgotten) * noisy_wide + forgotten * denoised_wide + spread * noise).to(denoised.dtype)
+    return (kept * noisy.to(dtype) + forgotten * denoised.to(dtype) + spread * noise).to(denoised.dtype)
 
 
 def guided_step(
@@ -43,7 +43,7 @@ def guided_step(
         uncond = uncond.to(dtype)
         guided = uncond + per_sample(guidance, x) * (guided - uncond)
     sigma, sigma_next = per_sample(sigma, x), per_sample(sigma_next, x)
-    change = (sigma_next - sigma) / sigma * (wide - guided)
-    return (wide + change).to(x.dtype), mean_per_sample(change.abs())
-
-
+    kept, replaced = sigma_next / sigma, (sigma - sigma_next) / sigma
+    # As a weighted mean the step ends exactly in D at sigma_next = 0, where adding a change to a large x would lose D's last digits.
+    change = replaced * (guided - wide)
+    return (kept * wide + replaced * guided).to(x.dtype), mean_per_sample(change.abs())
