@@ -1,0 +1,99 @@
+"""Data of the demo: the digits, folders of images, and the split."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff_kernels.demo.data import load_digits, load_folder, stratified_halves
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+def make_folder(root, classes, each=40, size=(20, 14), grey=False):
+    rng = np.random.default_rng(0)
+    for name in classes:
+        folder = root / name if name else root
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in range(each):
+            pixels = rng.integers(0, 256, (size[1], size[0]) if grey else (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+    return root
+
+
+def test_digits_have_the_scale_the_networks_expect(digits):
+    assert digits.images.shape == (1797, 1, 8, 8)
+    assert digits.num_classes == 10
+    assert abs(float(digits.images.mean())) < 1e-5
+    assert abs(float(digits.images.std()) - 0.5) < 1e-4
+
+
+def test_pixels_come_back(digits):
+    pixels = digits.to_pixels(digits.images) * 16
+    assert float((pixels - pixels.round()).abs().max()) < 1e-4
+    assert float(pixels.max()) == 16
+    assert float(pixels.min()) == 0
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_halves_have_equal_label_counts_and_share_nothing(digits, seed):
+    first, second = stratified_halves(digits.labels, seed)
+    assert torch.equal(digits.labels[first].bincount(), digits.labels[second].bincount())
+    assert not set(first.tolist()) & set(second.tolist())
+    assert len(first) >= 890
+    again, _ = stratified_halves(digits.labels, seed)
+    assert torch.equal(first, again)
+
+
+def test_another_seed_splits_otherwise(digits):
+    assert not torch.equal(stratified_halves(digits.labels, 0)[0], stratified_halves(digits.labels, 1)[0])
+
+
+def test_subfolders_are_classes(tmp_path):
+    data = load_folder(make_folder(tmp_path, ["cat", "dog"]), size=12)
+    assert data.images.shape == (80, 3, 12, 12)
+    assert data.class_names == ("cat", "dog")
+    assert data.labels.bincount().tolist() == [40, 40]
+    assert abs(float(data.images.std()) - 0.5) < 1e-3
+
+
+def test_a_flat_folder_is_one_class_and_grey_stays_grey(tmp_path):
+    data = load_folder(make_folder(tmp_path, [""], each=70, grey=True), size=8)
+    assert data.images.shape == (70, 1, 8, 8)
+    assert data.num_classes == 1
+
+
+def test_the_centre_is_cropped(tmp_path):
+    make_folder(tmp_path, [""], each=64)
+    wide = np.zeros((8, 24), dtype=np.uint8)
+    wide[:, 8:16] = 255
+    Image.fromarray(wide).save(tmp_path / "000.png")
+    data = load_folder(tmp_path, size=8)
+    torch.testing.assert_close(data.to_pixels(data.images)[0], torch.ones(3, 8, 8))
+
+
+def test_bad_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        load_folder(tmp_path / "missing")
+    make_folder(tmp_path / "few", [""], each=5)
+    with pytest.raises(ValueError, match="found 5 images"):
+        load_folder(tmp_path / "few")
+    make_folder(tmp_path / "mixed", ["a", ""], each=40)
+    with pytest.raises(ValueError, match="40 images beside them"):
+        load_folder(tmp_path / "mixed")
+    make_folder(tmp_path / "lonely", ["a"], each=70)
+    make_folder(tmp_path / "lonely", ["b"], each=1)
+    with pytest.raises(ValueError, match="class 'b' has 1 images"):
+        load_folder(tmp_path / "lonely")
+    with pytest.raises(ValueError, match="size: got 10"):
+        load_folder(tmp_path / "mixed", size=10)
+
+
+def test_images_that_are_all_equal_are_refused(tmp_path):
+    for index in range(64):
+        Image.new("L", (8, 8), 7).save(tmp_path / f"{index}.png")
+    with pytest.raises(ValueError, match="every pixel"):
+        load_folder(tmp_path, size=8)
