@@ -67,7 +67,7 @@ def check_conditioning(conditioning: Mapping[str, Tensor] | None, batch_size: in
     return dict(conditioning)
 
 
-def check_data(batch: Tensor, name: str, sample_shape: tuple[int, ...] | None, like: Tensor) -> Tensor:
+def check_data(batch: object, name: str, sample_shape: tuple[int, ...] | None, like: Tensor) -> Tensor:
     """Clean data [B, *sample_shape] of `like`'s dtype and device."""
     if not isinstance(batch, Tensor):
         raise TypeError(f"{name} must be a tensor of clean data [B, ...], got {type(batch).__name__}")

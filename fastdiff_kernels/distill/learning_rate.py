@@ -40,7 +40,7 @@ class LearningRate:
         """The learning rate of step 0, 1, ..."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / (self.warmup_steps + 1)
-        if self.decay == "constant":
+        if self.decay == "constant" or self.total_steps is None:
             return self.peak
         progress = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
         remaining = 1 - progress if self.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2

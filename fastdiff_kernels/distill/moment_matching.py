@@ -15,7 +15,7 @@ from .learning_rate import LearningRate
 from .recipe import Learner, Recipe, data_scale, mixed_seed, per_sample, trainable_copy
 
 
-class MomentMatchingDistiller(Recipe):
+class MomentMatchingDistiller(Recipe[Tensor]):
     """Multistep distillation by moment matching (Salimans, Mensink, Heek, Hoogeboom 2024), alternating (Algorithm 2).
 
     The student g runs in `num_steps` steps of ancestral sampling (Algorithm 1). Training looks at one such step, from noise level
@@ -90,11 +90,11 @@ class MomentMatchingDistiller(Recipe):
         return (self.sigma_data * angle.tan()).clamp(self.sigma_min, self.sigma_max).float()
 
     def _check_batch(self, batch: Tensor | int) -> Tensor:
-        check_data(batch, "batch", self.sample_shape, self.learners["student"].parameters[0])
-        if batch.shape[0] == 0:
+        data = check_data(batch, "batch", self.sample_shape, self.learners["student"].parameters[0])
+        if data.shape[0] == 0:
             raise ValueError("batch must hold at least one sample, got none")
-        self.sample_shape = tuple(batch.shape[1:])
-        return batch
+        self.sample_shape = tuple(data.shape[1:])
+        return data
 
     def _step(self, batch: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
         sigma_s, sigma_t = self._draw_levels(batch.shape[0])

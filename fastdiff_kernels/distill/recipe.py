@@ -6,12 +6,15 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import check_conditioning, check_count, check_number, first_parameter
 from .learning_rate import LearningRate, as_learning_rate
+
+Batch = TypeVar("Batch", Tensor, int)
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = (1 << 64) - 1
@@ -90,7 +93,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-class Recipe(ABC):
+class Recipe(ABC, Generic[Batch]):
     """A way to train networks: `step` on a batch, `sample` from the result, and a state from which a run resumes bit for bit.
 
     `generator` is the exponential moving average of the trained denoiser, called as `generator(x, sigma, **conditioning)`.
@@ -123,20 +126,20 @@ class Recipe(ABC):
         Raises:
             ValueError, TypeError: the batch or the conditioning does not fit. FloatingPointError: a gradient is not finite.
         """
-        batch = self._check_batch(batch)
-        conditioning = check_conditioning(conditioning, batch if isinstance(batch, int) else batch.shape[0])
+        checked = self._check_batch(batch)
+        conditioning = check_conditioning(conditioning, checked if isinstance(checked, int) else checked.shape[0])
         with self._seeded(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            metrics = self._step(batch, conditioning)
+            metrics = self._step(checked, conditioning)
         self.steps_done += 1
         self._average()
         return dict(zip(metrics, torch.stack([value.detach().double() for value in metrics.values()]).tolist(), strict=True))
 
     @abstractmethod
-    def _step(self, batch: Tensor | int, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _step(self, batch: Batch, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
         """Update the networks; scalar tensors to report."""
 
     @abstractmethod
-    def _check_batch(self, batch: Tensor | int) -> Tensor | int:
+    def _check_batch(self, batch: Tensor | int) -> Batch:
         """The batch, if it is one that this recipe can use."""
 
     @abstractmethod
@@ -161,10 +164,10 @@ class Recipe(ABC):
     def _average(self) -> None:
         # A young average would otherwise consist of the initial weights.
         decay = min(self.ema_decay, (1 + self.steps_done) / (10 + self.steps_done))
-        for average, value in self._averaged:
-            average.lerp_(value, 1 - decay)
-        for average, value in self._copied:
-            average.copy_(value)
+        for average, parameter in self._averaged:
+            average.lerp_(parameter, 1 - decay)
+        for copied, buffer in self._copied:
+            copied.copy_(buffer)
 
     def state_dict(self) -> dict:
         """Networks, optimisers, average, random state and step: all a run depends on but the teacher, which does not change."""

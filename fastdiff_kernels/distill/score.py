@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from .noise_law import EDM_LAW
 from .recipe import Learner, Recipe, data_scale, mixed_seed, per_sample
 
 
-class ScoreTrainer(Recipe):
+class ScoreTrainer(Recipe[Tensor]):
     """Train a denoiser D, or what is the same its score s(x, sigma) = (D(x, sigma) - x) / sigma^2.
 
     loss="dsm": lambda |D(x0 + sigma eps, sigma) - x0|^2, lambda the EDM weight (Karras et al. 2022, eq. 108).
@@ -87,9 +88,9 @@ class ScoreTrainer(Recipe):
         super().__init__(learner, [], ema_decay=ema_decay, seed=seed, autocast=autocast)
 
     def _check_batch(self, batch: Tensor | int) -> Tensor:
-        check_data(batch, "batch", self.sample_shape, self.learners["denoiser"].parameters[0])
-        self.sample_shape = tuple(batch.shape[1:])
-        return batch
+        data = check_data(batch, "batch", self.sample_shape, self.learners["denoiser"].parameters[0])
+        self.sample_shape = tuple(data.shape[1:])
+        return data
 
     def _step(self, batch: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
         conditioning = self._drop_labels(conditioning)
@@ -127,7 +128,7 @@ class ScoreTrainer(Recipe):
         return (self.denoiser(x, sigma, **conditioning) - x) / per_sample(sigma.square(), x)
 
     def _drop_labels(self, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.label_dropout:
+        if self.null_label is None or not self.label_dropout:
             return conditioning
         if "class_labels" not in conditioning:
             raise ValueError(f"conditioning must hold class_labels with label_dropout={self.label_dropout}, got {sorted(conditioning)}")
@@ -143,7 +144,7 @@ class ScoreTrainer(Recipe):
         *,
         seed: int = 0,
         schedule: Schedule | None = None,
-        **options: object,
+        **options: Any,
     ) -> Tensor:
         """`n` samples [n, ...] of the averaged denoiser.
 

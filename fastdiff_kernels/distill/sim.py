@@ -15,7 +15,7 @@ from .noise_law import EDM_LAW
 from .recipe import Learner, Recipe, data_scale, frozen, mixed_seed, per_sample, trainable_copy
 
 
-class SIMDistiller(Recipe):
+class SIMDistiller(Recipe[int]):
     """Score Implicit Matching (Luo, Huang, Geng, Kolter, Qi 2024), alternating.
 
     The generator is the denoiser run once, g(z) = D(sigma_init z, sigma_init). Each step first fits the fake denoiser to it,

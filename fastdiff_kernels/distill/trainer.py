@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class Trainer:
         """
         _refuse_several_processes()
         if self.checkpoint is not None and self.checkpoint.exists():
-            self._resume()
+            self._resume(self.checkpoint)
         with _deferred_interrupt() as interrupted, self._bar() as bar:
             try:
                 while self.recipe.steps_done < self.steps:
@@ -96,7 +97,7 @@ class Trainer:
         self._save()
         return self.history
 
-    def _one_step(self, bar: object) -> None:
+    def _one_step(self, bar: Any) -> None:
         step = self.recipe.steps_done
         batch, conditioning = self.batches(step)
         # A step that was torn apart must not be saved: its networks are no state of any run.
@@ -113,7 +114,7 @@ class Trainer:
             self.log(step, metrics)
 
     @contextmanager
-    def _bar(self) -> Iterator[object]:
+    def _bar(self) -> Iterator[Any]:
         if not self.progress:
             yield None
             return
@@ -132,11 +133,11 @@ class Trainer:
         torch.save({"recipe": self.recipe.state_dict(), "history": self.history, "order": self._order}, partial)
         os.replace(partial, self.checkpoint)  # a run killed while writing keeps the previous checkpoint
 
-    def _resume(self) -> None:
-        state = torch.load(self.checkpoint, map_location=self.recipe.device, weights_only=True)
+    def _resume(self, checkpoint: Path) -> None:
+        state = torch.load(checkpoint, map_location=self.recipe.device, weights_only=True)
         for name, value in self._order.items():
             if state["order"][name] != value:
-                raise ValueError(f"{name} must be the checkpoint's {state['order'][name]} to resume {self.checkpoint}, got {value}")
+                raise ValueError(f"{name} must be the checkpoint's {state['order'][name]} to resume {checkpoint}, got {value}")
         self.recipe.load_state_dict(state["recipe"])
         self.history = state["history"]
 

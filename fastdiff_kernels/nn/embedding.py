@@ -27,19 +27,20 @@ class ConditionEmbedding(nn.Module):
         divides("2", 2, "dim", positive_int("dim", dim, 2))
         self.num_classes = positive_int("num_classes", num_classes, 0)
         waves = torch.logspace(math.log10(_LONGEST_WAVE), math.log10(_SHORTEST_WAVE), dim // 2)
+        self.frequencies: torch.Tensor
         self.register_buffer("frequencies", 2 * math.pi / waves, persistent=False)  # [dim/2]
         self.class_table = nn.Embedding(num_classes + 1, dim) if num_classes else None
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.hidden, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def forward(self, noise_level: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """noise_level [B] floating, class_labels int64 [B] or None (the null class) -> [B, dim] of the parameters' dtype."""
         angles = noise_level.to(self.frequencies.dtype)[:, None] * self.frequencies  # [B, dim/2]
-        embedding = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype)  # [B, dim]
+        embedding = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.hidden.weight.dtype)  # [B, dim]
         if self.class_table is not None:
             embedding = embedding + self.class_table(self._labels(class_labels, noise_level))
         elif class_labels is not None:
             raise ValueError("class_labels were given to a network built with num_classes=0")
-        return self.mlp(embedding)
+        return self.out(F.silu(self.hidden(embedding)))
 
     def _labels(self, class_labels: torch.Tensor | None, noise_level: torch.Tensor) -> torch.Tensor:
         if class_labels is None:

@@ -14,6 +14,22 @@ from .blocks import UNetAttentionBlock, UNetResBlock
 from .embedding import ConditionEmbedding, full_precision_output, zero_init
 
 
+class _Stage(nn.Module):
+    """Resample, append the skip, residual block, attention."""
+
+    def __init__(self, block: UNetResBlock, attention: UNetAttentionBlock | None, resample: str | None = None) -> None:
+        super().__init__()
+        self.block, self.attention, self.resample = block, attention, resample
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        if self.resample == "down":
+            x = F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = self.block(x if skip is None else torch.cat([x, skip], dim=1), condition)
+        return x if self.attention is None else self.attention(x)
+
+
 class UNet(nn.Module):
     """Noise- and class-conditional U-Net; `network(x, noise_level, class_labels=None)`.
 
@@ -65,29 +81,24 @@ class UNet(nn.Module):
         self.embedding = ConditionEmbedding(condition_dim, num_classes)
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
 
-        def res(c_in: int, c_out: int) -> UNetResBlock:
-            return UNetResBlock(c_in, c_out, condition_dim, num_groups=num_groups, dropout=dropout)
-
-        def attention(width: int, wanted: bool) -> nn.Module:
-            return UNetAttentionBlock(width, num_heads=num_heads, num_groups=num_groups, qk_norm=qk_norm) if wanted else nn.Identity()
+        def stage(c_in: int, c_out: int, attends: bool, resample: str | None = None) -> _Stage:
+            block = UNetResBlock(c_in, c_out, condition_dim, num_groups=num_groups, dropout=dropout)
+            attention = UNetAttentionBlock(c_out, num_heads=num_heads, num_groups=num_groups, qk_norm=qk_norm) if attends else None
+            return _Stage(block, attention, resample)
 
         skips, width = [channels], channels
-        self.down = nn.ModuleList()
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, level_width in enumerate(widths):
-            stage = nn.ModuleList()
-            for _ in range(blocks):
-                stage.append(nn.ModuleList([res(width, level_width), attention(level_width, level in attention_levels)]))
+            for index in range(blocks):
+                self.down.append(stage(width, level_width, level in attention_levels, "down" if level and index == 0 else None))
                 width = level_width
                 skips.append(width)
-            self.down.append(stage)
-        self.middle = nn.ModuleList([res(width, width), attention(width, True), res(width, width)])
-        self.up = nn.ModuleList()
+        self.middle = nn.ModuleList([stage(width, width, True), stage(width, width, False)])
         for level, level_width in reversed(list(enumerate(widths))):
-            stage = nn.ModuleList()
-            for _ in range(blocks + (level == 0)):
-                stage.append(nn.ModuleList([res(width + skips.pop(), level_width), attention(level_width, level in attention_levels)]))
+            for index in range(blocks + (level == 0)):
+                resample = "up" if level < len(widths) - 1 and index == 0 else None
+                self.up.append(stage(width + skips.pop(), level_width, level in attention_levels, resample))
                 width = level_width
-            self.up.append(stage)
         self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
         self.conv_out = zero_init(nn.Conv2d(width, in_channels if out_channels is None else out_channels, 3, padding=1))
 
@@ -106,16 +117,12 @@ class UNet(nn.Module):
         condition = self.embedding(noise_level, class_labels)
         h = self.conv_in(x)
         skips = [h]
-        for level, stage in enumerate(self.down):
-            h = F.avg_pool2d(h, 2) if level else h
-            for block, attention in stage:
-                h = attention(block(h, condition))
-                skips.append(h)
-        first, attention, second = self.middle
-        h = second(attention(first(h, condition)), condition)
-        for level, stage in enumerate(self.up):
-            h = F.interpolate(h, scale_factor=2, mode="nearest") if level else h
-            for block, attention in stage:
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), condition))
+        for stage in self.down:
+            h = stage(h, condition)
+            skips.append(h)
+        for stage in self.middle:
+            h = stage(h, condition)
+        for stage in self.up:
+            h = stage(h, condition, skips.pop())
         h = ops.group_norm_silu(h, self.num_groups, self.norm_weight, self.norm_bias)
         return full_precision_output(self.conv_out, h)
