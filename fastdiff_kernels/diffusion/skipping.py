@@ -32,7 +32,7 @@ class AdaptiveSkip:
     """Reuse the network's last noise predictions while the trajectory runs straight.
 
     mode "official" is the authors' rule, index for index. With d_k = mean |X_k - X_{k-1}| over the batch, X_k the latent after k steps
-    and d_1 never formed, the step after X_k reuses iff ::
+    and d_1 never used, the step after X_k reuses iff ::
 
         |(d_k + d_{k-2}) / 2 - d_{k-1}| <= threshold d_{k-1}
 
@@ -101,13 +101,11 @@ class _Official:
     def __init__(self, rule: AdaptiveSkip, x: Tensor) -> None:
         self.rule = rule
         self.steps = 0
-        self.changes: deque[Tensor] = deque(maxlen=3)
+        self.changes: deque[Tensor] = deque(maxlen=3)  # d_1 has left it by the first decision
         self.reuse, self.run = _no_reuse(rule, x)
 
     def update(self, x: Tensor, x_next: Tensor, sigma: float, sigma_next: float, change: Tensor | None = None) -> None:
         self.steps += 1
-        if self.steps == 1:
-            return
         if change is None or self.rule.space == "vp":
             change = _mean_change(x, x_next, sigma, sigma_next, self.rule.space)
         self.changes.append(_pool(self.rule, change))
