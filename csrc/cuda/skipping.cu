@@ -4,6 +4,13 @@
 namespace fastdiff::FASTDIFF_VARIANT {
 namespace {
 
+// The kernels read one number of the accumulator's type.
+inline void check_threshold(const Tensor& threshold, const Tensor& d0) {
+  const bool wide = d0.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(threshold.numel() == 1 && threshold.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                  "fastdiff::third_order_skip: threshold must be one number, float64 for float64 changes and float32 for the others");
+}
+
 template <class T>
 struct Decide {
   static constexpr int group = kGroup<T>;
@@ -25,6 +32,7 @@ struct Decide {
 };
 
 Tensor third_order_skip(const Tensor& d0, const Tensor& d1, const Tensor& d2, const Tensor& threshold) {
+  check_threshold(threshold, d0);
   const OnDevice device(d0);
   const Tensor oldest = dense(d0), middle = dense(d1), newest = dense(d2);
   Tensor out = torch::stable::new_empty(d0, d0.sizes(), ScalarType::Bool);

@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import compute_dtype, per_sample, sum_per_sample
+from ._common import compute_dtype, sum_per_sample
 
 COST_FLOOR = 1e-12
+
+
+def _wide(sigma: float | Tensor, like: Tensor) -> Tensor:
+    sigma = torch.as_tensor(sigma, dtype=torch.float64, device=like.device)
+    return sigma.reshape(-1, *[1] * (like.dim() - 1)) if sigma.dim() else sigma
 
 
 def incremental_cost(
@@ -18,9 +23,12 @@ def incremental_cost(
     sigma_high: float | Tensor,
     sigma_data: float = 0.5,
 ) -> Tensor:
-    """sigma_low^2 |s(x, sigma_low) - s(x, sigma_high)|^2 for each sample, with s = b F - x / (sigma^2 + sigma_data^2)."""
+    """sigma_low^2 |s(x, sigma_low) - s(x, sigma_high)|^2 for each sample, with s = b F - x / (sigma^2 + sigma_data^2).
+
+    b = sigma_data / (sigma sqrt(sigma^2 + sigma_data^2)), F being what the network gives at the same x for either level.
+    """
     dtype = compute_dtype(x)
-    low, high = (per_sample(sigma, x).double() for sigma in (sigma_low, sigma_high))
+    low, high = _wide(sigma_low, x), _wide(sigma_high, x)
     variance_low, variance_high = low.square() + sigma_data**2, high.square() + sigma_data**2
     # Both products with sigma_low are formed in float64: the two terms of the difference nearly cancel at small noise.
     x_factor = (low * (high - low) * (high + low) / (variance_low * variance_high)).to(dtype)
@@ -39,19 +47,27 @@ def _pchip_slopes(widths: Tensor, secants: Tensor) -> Tensor:
     inner = (weight_left + weight_right) / (weight_left / secants[..., :-1] + weight_right / secants[..., 1:])
 
     def end(h0: Tensor, h1: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
+        # The secants have one sign, so the slope is less than twice the first; it only has to be kept from turning back.
         slope = ((2 * h0 + h1) * s0 - h0 * s1) / (h0 + h1)
-        slope = torch.where(slope.sign() == s0.sign(), slope, torch.zeros_like(slope))
-        return torch.where(slope.abs() > 3 * s0.abs(), 3 * s0, slope)
+        return torch.where(slope * s0 > 0, slope, torch.zeros_like(slope))
 
     first = end(widths[..., 0], widths[..., 1], secants[..., 0], secants[..., 1])
     last = end(widths[..., -1], widths[..., -2], secants[..., -1], secants[..., -2])
     return torch.cat((first[..., None], inner, last[..., None]), -1)
 
 
+def _valid(sigmas: Tensor, costs: Tensor) -> Tensor:
+    rises = sigmas.diff(dim=-1)
+    monotone = (rises > 0).all(-1, keepdim=True) | (rises < 0).all(-1, keepdim=True)
+    finite = torch.isfinite(sigmas).all(-1, keepdim=True) & torch.isfinite(costs).all(-1, keepdim=True)
+    return monotone & finite & (costs >= 0).all(-1, keepdim=True) & (costs > 0).any(-1, keepdim=True)
+
+
 def integrate_schedule(sigmas: Tensor, costs: Tensor, num_steps: int, interpolation: str = "pchip") -> Tensor:
     """Levels at which the running sum of sqrt(cost) is i / num_steps of its total, i = 0 ... num_steps.
 
-    sigmas [..., K + 1] strictly monotone, costs [..., K] >= 0, floored at 1e-12 of their largest so that the sum is invertible.
+    sigmas [..., K + 1] strictly monotone, costs [..., K] >= 0, floored at 1e-12 of their largest so that the sum is invertible. NaN for
+    a schedule whose knots are not strictly monotone or whose costs are negative, not finite or all zero.
     """
     dtype = sigmas.dtype
     sigmas, costs = sigmas.double(), costs.double()
@@ -60,8 +76,8 @@ def integrate_schedule(sigmas: Tensor, costs: Tensor, num_steps: int, interpolat
     fractions = torch.arange(num_steps + 1, device=sigmas.device, dtype=torch.float64) / num_steps
     targets = fractions * length[..., -1:]  # [..., num_steps + 1]
     interval = (torch.searchsorted(length, targets.contiguous(), right=True) - 1).clamp(0, widths.shape[-1] - 1)
-    width, start = widths.gather(-1, interval), sigmas.gather(-1, interval)
-    rise = sigmas.gather(-1, interval + 1) - start
+    width, start, stop = widths.gather(-1, interval), sigmas.gather(-1, interval), sigmas.gather(-1, interval + 1)
+    rise = stop - start
     t = ((targets - length.gather(-1, interval)) / width).clamp(0, 1)
     if interpolation == "linear":
         levels = start + t * rise
@@ -69,5 +85,7 @@ def integrate_schedule(sigmas: Tensor, costs: Tensor, num_steps: int, interpolat
         slopes = _pchip_slopes(widths, sigmas.diff(dim=-1) / widths)
         slope0, slope1 = slopes.gather(-1, interval) * width, slopes.gather(-1, interval + 1) * width
         levels = start + t * (slope0 + t * (3 * rise - 2 * slope0 - slope1 + t * (slope0 + slope1 - 2 * rise)))
+    # Rounding must not carry a level past its neighbours in the next interval.
+    levels = torch.minimum(torch.maximum(levels, torch.minimum(start, stop)), torch.maximum(start, stop))
     levels = torch.cat((sigmas[..., :1], levels[..., 1:-1], sigmas[..., -1:]), -1)
-    return levels.to(dtype)
+    return torch.where(_valid(sigmas, costs), levels, torch.full_like(levels, torch.nan)).to(dtype)

@@ -11,7 +11,9 @@ def third_order_skip(d0: Tensor, d1: Tensor, d2: Tensor, threshold: float | Tens
     """|(d0 + d2) / 2 - d1| <= threshold * d1, elementwise; d2 the newest."""
     dtype = compute_dtype(d0)
     d0, d1, d2 = (d.to(dtype) for d in (d0, d1, d2))
-    return ((d0 + d2) / 2 - d1).abs() <= threshold * d1
+    # Of shape [1] it would give a result for 0-d changes a dimension.
+    bound = threshold.reshape(()).to(dtype) if isinstance(threshold, Tensor) else threshold
+    return ((d0 + d2) / 2 - d1).abs() <= bound * d1
 
 
 def third_order_difference(x0: Tensor, x1: Tensor, x2: Tensor, x3: Tensor) -> tuple[Tensor, Tensor]:
