@@ -20,9 +20,11 @@ def group_norm_silu(
 ) -> Tensor:
     """silu(GN(x) (1 + scale) + shift) for x [B, C, ...]; weight, bias [C]; scale, shift [B, C]."""
     dtype = compute_dtype(x)
-    groups = x.to(dtype).reshape(x.shape[0], num_groups, -1)
-    groups = groups - groups.mean(-1, keepdim=True)
-    y = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)).reshape(x.shape)
+    # Splitting the channels, and not flattening the positions, keeps a channels_last layout through to the result.
+    groups = x.to(dtype).unflatten(1, (num_groups, x.shape[1] // num_groups))  # [B, G, C/G, ...]
+    within = tuple(range(2, groups.dim()))
+    groups = groups - groups.mean(within, keepdim=True)
+    y = (groups * torch.rsqrt(groups.square().mean(within, keepdim=True) + eps)).flatten(1, 2)
     trailing = [1] * (x.dim() - 2)
     if weight is not None:
         y = y * weight.to(dtype).reshape(-1, *trailing)

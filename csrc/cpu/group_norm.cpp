@@ -1,0 +1,507 @@
+#include "cpu/torch.h"
+
+#include "fastdiff/variant_begin.h"
+
+#include "cpu/common.h"
+#include "fastdiff/group_norm.h"
+
+namespace fastdiff::FASTDIFF_VARIANT {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::MemoryFormat;
+
+constexpr int64_t kRun = 2048;
+
+// x as [batch, channels, positions] in one of two orders: planes (a channel's positions together) or rows (a position's channels together).
+struct Layout {
+  int64_t batch, channels, positions, groups;
+  bool rows;
+  MemoryFormat format;
+
+  Layout(const Tensor& x, int64_t num_groups) : batch(x.size(0)), channels(x.size(1)), positions(1), groups(num_groups) {
+    for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
+    const bool last = channels_last(x);
+    rows = last || positions == 1;
+    format = !last ? MemoryFormat::Contiguous : x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+  }
+
+  int64_t group_channels() const { return channels / groups; }
+  int64_t group_elements() const { return group_channels() * positions; }
+  int64_t sample_elements() const { return channels * positions; }
+
+  Tensor arranged(const Tensor& x) const { return torch::stable::contiguous(x, format); }
+  Tensor empty(const Tensor& x) const {
+    if (format == MemoryFormat::Contiguous) return empty_as(x);
+    return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
+  }
+
+ private:
+  static bool channels_last(const Tensor& x) {
+    if ((x.dim() != 4 && x.dim() != 5) || x.is_contiguous()) return false;
+    int64_t expected = 1;
+    const auto next = [&](int64_t d) {
+      const bool fits = x.size(d) == 1 || x.stride(d) == expected;
+      expected *= x.size(d);
+      return fits;
+    };
+    bool fits = next(1);
+    for (int64_t d = x.dim() - 1; d >= 2; --d) fits = next(d) && fits;
+    return next(0) && fits;
+  }
+};
+
+template <class A>
+struct Scratch {
+  Tensor tensor;
+  A* data;
+
+  Scratch(const Tensor& like, int64_t size)
+      : tensor(torch::stable::new_empty(like, {size}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float)),
+        data(write<A>(tensor)) {}
+};
+
+// A tensor [C] or [B, C] of any strides read in A, or a constant in its place.
+template <class A>
+class Plane {
+ public:
+  Plane(const OptionalTensor& x, A constant) : constant_(constant) {
+    if (!x) return;
+    const auto dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    tensor_ = x->scalar_type() == dtype ? *x : torch::stable::to(*x, dtype);
+    data_ = read<A>(*tensor_);
+    stride_ = tensor_->stride(tensor_->dim() - 1);
+    batch_stride_ = tensor_->dim() == 2 ? tensor_->stride(0) : 0;
+  }
+
+  A operator()(int64_t b, int64_t c) const { return data_ ? data_[b * batch_stride_ + c * stride_] : constant_; }
+
+ private:
+  OptionalTensor tensor_;
+  const A* data_ = nullptr;
+  int64_t stride_ = 0, batch_stride_ = 0;
+  A constant_;
+};
+
+// z = normalised * gain + offset.
+template <class A>
+struct Affine {
+  Plane<A> weight, bias, scale, shift;
+
+  Affine(const OptionalTensor& w, const OptionalTensor& b, const OptionalTensor& sc, const OptionalTensor& sh)
+      : weight(w, 1), bias(b, 0), scale(sc, 0), shift(sh, 0) {}
+
+  A gain(int64_t b, int64_t c) const { return weight(b, c) * (A(1) + scale(b, c)); }
+  A offset(int64_t b, int64_t c) const { return bias(b, c) * (A(1) + scale(b, c)) + shift(b, c); }
+};
+
+// Sum of term(i) over [0, count), count at most a few thousand; four chains, so that additions need not wait for one another.
+template <class A, class F>
+FD_INLINE A short_sum(int64_t count, F&& term) {
+  const int64_t quarter = count / 4;
+  A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t i = 0; i < quarter; ++i) {
+    s0 += term(i);
+    s1 += term(i + quarter);
+    s2 += term(i + 2 * quarter);
+    s3 += term(i + 3 * quarter);
+  }
+  for (int64_t i = 4 * quarter; i < count; ++i) s0 += term(i);
+  return (s0 + s1) + (s2 + s3);
+}
+
+template <class T>
+Moments run_moments(const T* x, int64_t count) {
+  using A = Acc<T>;
+  const double mean = double(short_sum<A>(count, [=](int64_t i) { return load(x[i]); })) / double(count);
+  const A centre = static_cast<A>(mean);
+  const double squares = short_sum<A>(count, [=](int64_t i) {
+    const A d = load(x[i]) - centre;
+    return d * d;
+  });
+  return {double(count), mean, squares};
+}
+
+template <class T>
+Moments moments(const T* x, int64_t count) {
+  Moments total{0, 0, 0};
+  for (int64_t i = 0; i < count; i += kRun) total = merged(total, run_moments(x + i, std::min(kRun, count - i)));
+  return total;
+}
+
+// Calls body(b, g) for every group of every sample, in parallel; start() makes what a thread's body needs.
+template <class F>
+void for_each_group(const Layout& layout, F&& range) {
+  const int64_t grain = std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(layout.group_elements(), 1));
+  torch::stable::parallel_for(0, layout.batch * layout.groups, grain, range);
+}
+
+template <bool kSilu, class T>
+void forward_planes(const T* x, T* y, const Layout& layout, const Affine<Acc<T>>& affine, double eps) {
+  using A = Acc<T>;
+  for_each_group(layout, [&, x, y](int64_t first, int64_t last) {
+    const int64_t positions = layout.positions, width = layout.group_channels(), count = layout.group_elements();
+    for (int64_t i = first; i < last; ++i) {
+      const Standard<A> s = standard<A>(moments(x + i * count, count), eps);
+      const int64_t b = i / layout.groups, channel = i % layout.groups * width;
+      for (int64_t c = 0; c < width; ++c) {
+        const A gain = s.inverse * affine.gain(b, channel + c), offset = affine.offset(b, channel + c), mean = s.mean;
+        const T* in = x + i * count + c * positions;
+        T* out = y + i * count + c * positions;
+#pragma omp simd
+        for (int64_t l = 0; l < positions; ++l) out[l] = store<T>(activation<kSilu>((load(in[l]) - mean) * gain + offset));
+      }
+    }
+  });
+}
+
+// Sums over a sample's channel, [B, C]: of grad_z, and of grad_z times the normalised values.
+template <class A>
+struct ChannelSums {
+  A *plain, *product;
+};
+
+template <bool kSilu, class T>
+void backward_planes(
+    const T* grad, const T* x, T* grad_x, const Tensor& like, const Layout& layout, const Affine<Acc<T>>& affine, double eps,
+    ChannelSums<Acc<T>> sums) {
+  using A = Acc<T>;
+  for_each_group(layout, [&, grad, x, grad_x](int64_t first, int64_t last) {
+    const int64_t positions = layout.positions, width = layout.group_channels(), count = layout.group_elements();
+    Scratch<A> scratch(like, count);
+    for (int64_t i = first; i < last; ++i) {
+      const Standard<A> s = standard<A>(moments(x + i * count, count), eps);
+      const int64_t b = i / layout.groups, channel = i % layout.groups * width;
+      const A mean = s.mean;
+      double group_sum = 0, group_product = 0;
+      for (int64_t c = 0; c < width; ++c) {
+        const A gain = affine.gain(b, channel + c), slope = s.inverse * gain, offset = affine.offset(b, channel + c);
+        const T *in = x + i * count + c * positions, *up = grad + i * count + c * positions;
+        A* grad_z = scratch.data + c * positions;
+        double plain = 0, product = 0;
+        for (int64_t begin = 0; begin < positions; begin += kRun) {
+          const int64_t end = std::min(begin + kRun, positions);
+          A run_plain = 0, run_product = 0;
+#pragma omp simd reduction(+ : run_plain, run_product)
+          for (int64_t l = begin; l < end; ++l) {
+            const A d = load(in[l]) - mean;
+            const A dz = load(up[l]) * activation_gradient<kSilu>(d * slope + offset);
+            grad_z[l] = dz;
+            run_plain += dz;
+            run_product += dz * d;
+          }
+          plain += run_plain;
+          product += run_product;
+        }
+        product *= s.inverse;
+        sums.plain[b * layout.channels + channel + c] = static_cast<A>(plain);
+        sums.product[b * layout.channels + channel + c] = static_cast<A>(product);
+        group_sum += gain * plain;
+        group_product += gain * product;
+      }
+      if (grad_x == nullptr) continue;
+      const GroupGradient<A> g = group_gradient<A>(group_sum, group_product, double(count), s.inverse);
+      for (int64_t c = 0; c < width; ++c) {
+        const A gain = s.inverse * affine.gain(b, channel + c);
+        const T* in = x + i * count + c * positions;
+        const A* grad_z = scratch.data + c * positions;
+        T* out = grad_x + i * count + c * positions;
+#pragma omp simd
+        for (int64_t l = 0; l < positions; ++l) out[l] = store<T>(grad_z[l] * gain + ((load(in[l]) - mean) * g.slope + g.constant));
+      }
+    }
+  });
+}
+
+// The positions of a sample in pieces of some rows each.
+struct Pieces {
+  int64_t rows, count;
+
+  explicit Pieces(const Layout& layout) : rows(std::clamp<int64_t>(kChunk / layout.channels, 8, 512)), count((layout.positions + rows - 1) / rows) {}
+
+  // Calls range(b, piece, first row, number of rows) for every piece of every sample, in parallel.
+  template <class F>
+  void for_each(const Layout& layout, F&& body) const {
+    const int64_t grain = std::max<int64_t>(1, 2 * kChunk / (std::min(rows, std::max<int64_t>(layout.positions, 1)) * layout.channels));
+    torch::stable::parallel_for(0, layout.batch * count, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t piece = i % count, first = piece * rows;
+        body(i / count, piece, first, std::min(rows, layout.positions - first));
+      }
+    });
+  }
+};
+
+// What turns x into z, for each channel of each sample: z = (x - mean) * gain + offset. Arrays [B, C].
+template <class A>
+struct Coefficients {
+  Scratch<A> mean, gain, offset, inverse;
+
+  Coefficients(const Tensor& like, const Layout& layout)
+      : mean(like, layout.batch * layout.channels),
+        gain(like, layout.batch * layout.channels),
+        offset(like, layout.batch * layout.channels),
+        inverse(like, layout.batch * layout.groups) {}
+};
+
+// A piece's moments for each group, with room for two values a channel.
+template <class T>
+void piece_moments(const T* x, int64_t rows, const Layout& layout, Acc<T>* room, Moments* out) {
+  using A = Acc<T>;
+  const int64_t channels = layout.channels, width = layout.group_channels();
+  A *sums = room, *centres = room + channels;
+  std::fill(sums, sums + channels, A(0));
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) sums[c] += load(x[r * channels + c]);
+  }
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    double sum = 0;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) sum += sums[c];
+    out[g] = {double(rows * width), sum / double(rows * width), 0};
+    std::fill(centres + g * width, centres + (g + 1) * width, static_cast<A>(out[g].mean));
+  }
+  std::fill(sums, sums + channels, A(0));
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      const A d = load(x[r * channels + c]) - centres[c];
+      sums[c] += d * d;
+    }
+  }
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) out[g].squares += sums[c];
+  }
+}
+
+template <class T>
+Coefficients<Acc<T>> row_coefficients(
+    const Tensor& input, const Layout& layout, const Pieces& pieces, const Affine<Acc<T>>& affine, double eps) {
+  using A = Acc<T>;
+  const T* x = read<T>(input);
+  std::vector<Moments> partial(layout.batch * pieces.count * layout.groups);
+  pieces.for_each(layout, [&](int64_t b, int64_t piece, int64_t first, int64_t rows) {
+    Scratch<A> room(input, 2 * layout.channels);
+    const T* begin = x + b * layout.sample_elements() + first * layout.channels;
+    piece_moments(begin, rows, layout, room.data, &partial[(b * pieces.count + piece) * layout.groups]);
+  });
+  Coefficients<A> result(input, layout);
+  const int64_t width = layout.group_channels();
+  for (int64_t b = 0; b < layout.batch; ++b) {
+    for (int64_t g = 0; g < layout.groups; ++g) {
+      Moments total{0, 0, 0};
+      for (int64_t p = 0; p < pieces.count; ++p) total = merged(total, partial[(b * pieces.count + p) * layout.groups + g]);
+      const Standard<A> s = standard<A>(total, eps);
+      result.inverse.data[b * layout.groups + g] = s.inverse;
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+        const int64_t at = b * layout.channels + c;
+        result.mean.data[at] = s.mean;
+        result.gain.data[at] = s.inverse * affine.gain(b, c);
+        result.offset.data[at] = affine.offset(b, c);
+      }
+    }
+  }
+  return result;
+}
+
+template <bool kSilu, class T>
+void forward_rows(const Tensor& input, T* y, const Layout& layout, const Affine<Acc<T>>& affine, double eps) {
+  using A = Acc<T>;
+  const T* x = read<T>(input);
+  const Pieces pieces(layout);
+  const Coefficients<A> k = row_coefficients<T>(input, layout, pieces, affine, eps);
+  pieces.for_each(layout, [&, x, y](int64_t b, int64_t, int64_t first, int64_t rows) {
+    const int64_t channels = layout.channels;
+    const A *mean = k.mean.data + b * channels, *gain = k.gain.data + b * channels, *offset = k.offset.data + b * channels;
+    for (int64_t r = first; r < first + rows; ++r) {
+      const T* in = x + b * layout.sample_elements() + r * channels;
+      T* out = y + b * layout.sample_elements() + r * channels;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) out[c] = store<T>(activation<kSilu>((load(in[c]) - mean[c]) * gain[c] + offset[c]));
+    }
+  });
+}
+
+// Writes grad_z and each piece's sums over its rows of grad_z and of grad_z (x - mean), [B, pieces, 2, C].
+template <bool kSilu, class T>
+void row_sums(
+    const T* grad, const T* x, Acc<T>* grad_z, const Layout& layout, const Pieces& pieces, const Coefficients<Acc<T>>& k, Acc<T>* partial) {
+  using A = Acc<T>;
+  pieces.for_each(layout, [&, grad, x, grad_z](int64_t b, int64_t piece, int64_t first, int64_t rows) {
+    const int64_t channels = layout.channels;
+    const A *mean = k.mean.data + b * channels, *gain = k.gain.data + b * channels, *offset = k.offset.data + b * channels;
+    A *plain = partial + (b * pieces.count + piece) * 2 * channels, *product = plain + channels;
+    std::fill(plain, plain + 2 * channels, A(0));
+    for (int64_t r = first; r < first + rows; ++r) {
+      const int64_t at = b * layout.sample_elements() + r * channels;
+      const T *in = x + at, *up = grad + at;
+      A* out = grad_z + at;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) {
+        const A d = load(in[c]) - mean[c];
+        const A dz = load(up[c]) * activation_gradient<kSilu>(d * gain[c] + offset[c]);
+        out[c] = dz;
+        plain[c] += dz;
+        product[c] += dz * d;
+      }
+    }
+  });
+}
+
+template <bool kSilu, class T>
+void backward_rows(
+    const T* grad, const Tensor& input, T* grad_x, const Layout& layout, const Affine<Acc<T>>& affine, double eps, ChannelSums<Acc<T>> sums) {
+  using A = Acc<T>;
+  const T* x = read<T>(input);
+  const Pieces pieces(layout);
+  const Coefficients<A> k = row_coefficients<T>(input, layout, pieces, affine, eps);
+  const int64_t channels = layout.channels, width = layout.group_channels();
+  Scratch<A> grad_z(input, layout.batch * layout.sample_elements()), partial(input, layout.batch * pieces.count * 2 * channels);
+  row_sums<kSilu>(grad, x, grad_z.data, layout, pieces, k, partial.data);
+
+  Scratch<A> slopes(input, layout.batch * channels), constants(input, layout.batch * channels);
+  for (int64_t b = 0; b < layout.batch; ++b) {
+    for (int64_t g = 0; g < layout.groups; ++g) {
+      const A inverse = k.inverse.data[b * layout.groups + g];
+      double group_sum = 0, group_product = 0;
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+        double plain = 0, product = 0;
+        for (int64_t p = 0; p < pieces.count; ++p) {
+          const A* piece = partial.data + (b * pieces.count + p) * 2 * channels;
+          plain += piece[c];
+          product += piece[channels + c];
+        }
+        product *= inverse;
+        sums.plain[b * channels + c] = static_cast<A>(plain);
+        sums.product[b * channels + c] = static_cast<A>(product);
+        group_sum += affine.gain(b, c) * plain;
+        group_product += affine.gain(b, c) * product;
+      }
+      const GroupGradient<A> gradient = group_gradient<A>(group_sum, group_product, double(layout.group_elements()), inverse);
+      std::fill(slopes.data + b * channels + g * width, slopes.data + b * channels + (g + 1) * width, gradient.slope);
+      std::fill(constants.data + b * channels + g * width, constants.data + b * channels + (g + 1) * width, gradient.constant);
+    }
+  }
+  if (grad_x == nullptr) return;
+  pieces.for_each(layout, [&, x, grad_x](int64_t b, int64_t, int64_t first, int64_t rows) {
+    const A *mean = k.mean.data + b * channels, *gain = k.gain.data + b * channels;
+    const A *slope = slopes.data + b * channels, *constant = constants.data + b * channels;
+    for (int64_t r = first; r < first + rows; ++r) {
+      const int64_t at = b * layout.sample_elements() + r * channels;
+      const T* in = x + at;
+      const A* dz = grad_z.data + at;
+      T* out = grad_x + at;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) out[c] = store<T>(dz[c] * gain[c] + ((load(in[c]) - mean[c]) * slope[c] + constant[c]));
+    }
+  });
+}
+
+template <class F>
+void with_activation(const std::optional<std::string>& activation, F&& body) {
+  if (activation) {
+    body(std::true_type{});
+  } else {
+    body(std::false_type{});
+  }
+}
+
+Tensor group_norm_silu(
+    const Tensor& x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, OptionalTensor scale, OptionalTensor shift, double eps,
+    std::optional<std::string> activation) {
+  const Layout layout(x, num_groups);
+  const Tensor input = layout.arranged(x);
+  Tensor out = layout.empty(x);
+  dispatch(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Affine<Acc<T>> affine(weight, bias, scale, shift);
+    with_activation(activation, [&](auto silu) {
+      if (layout.rows) {
+        forward_rows<silu()>(input, write<T>(out), layout, affine, eps);
+      } else {
+        forward_planes<silu()>(read<T>(input), write<T>(out), layout, affine, eps);
+      }
+    });
+  });
+  return out;
+}
+
+// A gradient of shape [B, C] from value(b, c).
+template <class F>
+Tensor per_channel(const OptionalTensor& like, const Layout& layout, F&& value) {
+  Tensor out = empty_as(*like);
+  dispatch(out.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    T* y = write<T>(out);
+    for (int64_t b = 0; b < layout.batch; ++b) {
+      for (int64_t c = 0; c < layout.channels; ++c) y[b * layout.channels + c] = store<T>(static_cast<Acc<T>>(value(b, c)));
+    }
+  });
+  return out;
+}
+
+// A gradient of shape [C]: value(b, c) summed over the samples in their order.
+template <class F>
+Tensor over_batch(const OptionalTensor& like, const Layout& layout, F&& value) {
+  Tensor out = empty_as(*like);
+  Scratch<double> total(*like, layout.channels);
+  std::fill(total.data, total.data + layout.channels, 0.0);
+  for (int64_t b = 0; b < layout.batch; ++b) {
+    for (int64_t c = 0; c < layout.channels; ++c) total.data[c] += value(b, c);
+  }
+  dispatch(out.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    T* y = write<T>(out);
+    for (int64_t c = 0; c < layout.channels; ++c) y[c] = store<T>(static_cast<Acc<T>>(total.data[c]));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
+    const Tensor& grad, const Tensor& x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, OptionalTensor scale,
+    OptionalTensor shift, double eps, std::optional<std::string> activation, std::vector<bool> needs) {
+  const Layout layout(x, num_groups);
+  const Tensor input = layout.arranged(x), upstream = layout.arranged(grad);
+  Tensor grad_x = needs[0] ? layout.empty(x) : absent(x);
+  Tensor grad_weight = absent(x), grad_bias = absent(x), grad_scale = absent(x), grad_shift = absent(x);
+  dispatch(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Acc<T>;
+    const Affine<A> affine(weight, bias, scale, shift);
+    T* out = needs[0] ? write<T>(grad_x) : nullptr;
+    Scratch<A> plain(x, layout.batch * layout.channels), product(x, layout.batch * layout.channels);
+    with_activation(activation, [&](auto silu) {
+      if (layout.rows) {
+        backward_rows<silu()>(read<T>(upstream), input, out, layout, affine, eps, {plain.data, product.data});
+      } else {
+        backward_planes<silu()>(read<T>(upstream), read<T>(input), out, x, layout, affine, eps, {plain.data, product.data});
+      }
+    });
+    const auto at = [&](int64_t b, int64_t c) { return b * layout.channels + c; };
+    if (needs[1]) {
+      grad_weight = over_batch(weight, layout, [&](int64_t b, int64_t c) { return (A(1) + affine.scale(b, c)) * product.data[at(b, c)]; });
+    }
+    if (needs[2]) {
+      grad_bias = over_batch(bias, layout, [&](int64_t b, int64_t c) { return (A(1) + affine.scale(b, c)) * plain.data[at(b, c)]; });
+    }
+    if (needs[3]) {
+      grad_scale = per_channel(scale, layout, [&](int64_t b, int64_t c) {
+        return affine.weight(b, c) * product.data[at(b, c)] + affine.bias(b, c) * plain.data[at(b, c)];
+      });
+    }
+    if (needs[4]) grad_shift = per_channel(shift, layout, [&](int64_t b, int64_t c) { return plain.data[at(b, c)]; });
+  });
+  return {grad_x, grad_weight, grad_bias, grad_scale, grad_shift};
+}
+
+}  // namespace
+}  // namespace fastdiff::FASTDIFF_VARIANT
+
+#include "fastdiff/variant_end.h"
+
+FASTDIFF_CPU_KERNELS(m) {
+  using namespace fastdiff::FASTDIFF_VARIANT;
+  m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward));
+}

@@ -1,0 +1,53 @@
+#pragma once
+// Group normalisation: moments of parts put together, one element's activation and its derivative.
+
+#include "fastdiff/macros.h"
+#include "fastdiff/math.h"
+
+namespace fastdiff::FASTDIFF_VARIANT {
+
+struct Moments {
+  double count, mean, squares;  // squares: sum of squared deviations from the mean
+};
+
+// The moments of two parts together (Chan, Golub and LeVeque, 1983).
+FD_INLINE Moments merged(Moments a, Moments b) {
+  if (b.count == 0) return a;
+  const double count = a.count + b.count, share = b.count / count, step = b.mean - a.mean;
+  return {count, a.mean + step * share, a.squares + b.squares + step * step * a.count * share};
+}
+
+template <class A>
+struct Standard {
+  A mean, inverse;  // inverse: 1 / sqrt(variance + eps)
+};
+
+template <class A>
+FD_INLINE Standard<A> standard(Moments m, double eps) {
+  return {static_cast<A>(m.mean), static_cast<A>(1 / std::sqrt(m.squares / m.count + eps))};
+}
+
+template <bool kSilu, class A>
+FD_INLINE A activation(A z) {
+  return kSilu ? z / (A(1) + exp(-z)) : z;
+}
+
+template <bool kSilu, class A>
+FD_INLINE A activation_gradient(A z) {
+  const A s = sigmoid(z);
+  return kSilu ? s * (A(1) + z * (A(1) - s)) : A(1);
+}
+
+// The terms of a group's gradient beside gain * grad_z: slope * (x - mean) + constant. sum: of grad_z times the affine gain; product: the
+// same weighted by the normalised values.
+template <class A>
+struct GroupGradient {
+  A slope, constant;
+};
+
+template <class A>
+FD_INLINE GroupGradient<A> group_gradient(double sum, double product, double count, A inverse) {
+  return {static_cast<A>(-product / count * inverse * inverse), static_cast<A>(-sum / count * inverse)};
+}
+
+}  // namespace fastdiff::FASTDIFF_VARIANT
