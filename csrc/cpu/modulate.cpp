@@ -1,0 +1,593 @@
+#include "cpu/torch.h"
+
+#include "fastdiff/variant_begin.h"
+
+#include "cpu/common.h"
+#include "fastdiff/modulate.h"
+
+namespace fastdiff::FASTDIFF_VARIANT {
+namespace {
+
+// Rows over which gradients are summed in float32 before the second stage takes over. Fixed, so that no result depends on threads.
+constexpr int64_t kRowBlock = 32;
+// Elements that are worth a task of their own.
+constexpr int64_t kTaskElements = 32768;
+
+struct Shape {
+  int64_t batch, tokens, channels;
+  explicit Shape(const Tensor& x) : batch(x.size(0)), tokens(x.size(1)), channels(x.size(2)) {}
+  int64_t rows() const { return batch * tokens; }
+  int64_t elements() const { return rows() * channels; }
+};
+
+template <class A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(static_cast<A*>(std::malloc(std::max<int64_t>(size, 1) * sizeof(A)))) {
+    STD_TORCH_CHECK(data_ != nullptr, "fastdiff: out of memory");
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  A* data() const { return data_; }
+
+ private:
+  A* data_;
+};
+
+template <class A>
+constexpr ScalarType kDtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+
+// Calls body(Tag<T>{}) for a dtype whose arithmetic is done in A.
+template <class A, class F>
+void dispatch_narrow(ScalarType dtype, F&& body) {
+  dispatch(dtype, [&](auto tag) {
+    if constexpr (std::is_same_v<Acc<typename decltype(tag)::type>, A>) {
+      body(tag);
+    } else {
+      STD_TORCH_CHECK(false, "fastdiff: float64 mixes with no other dtype");
+    }
+  });
+}
+
+template <class A>
+void widen_row(ScalarType dtype, const char* from, int64_t stride, int64_t n, A* to) {
+  dispatch_narrow<A>(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* x = reinterpret_cast<const T*>(from);
+    if (stride == 1) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) to[i] = load(x[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = load(x[i * stride]);
+    }
+  });
+}
+
+template <class A>
+void narrow_row(ScalarType dtype, const A* from, int64_t n, char* to) {
+  dispatch_narrow<A>(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    T* y = reinterpret_cast<T*>(to);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) y[i] = store<T>(from[i]);
+  });
+}
+
+// An operand [B, N, C], [B, 1, C], [B, C] or [C] as rows of A, one for each row of x, whatever its strides and dtype: in place where it
+// holds such rows, else in a buffer that is filled anew only where the row changes. An absent operand reads as a constant.
+template <class A>
+class InputRows {
+ public:
+  InputRows(const Tensor& t, const Shape& shape)
+      : batch_stride_(t.dim() > 1 ? t.stride(0) : 0),
+        token_stride_(t.dim() == 3 && t.size(1) == shape.tokens ? t.stride(1) : 0),
+        channel_stride_(shape.channels > 1 ? t.stride(t.dim() - 1) : 1),
+        channels_(shape.channels),
+        element_size_(t.element_size()),
+        dtype_(t.scalar_type()),
+        data_(static_cast<const char*>(t.const_data_ptr())),
+        in_place_(dtype_ == kDtype<A> && channel_stride_ == 1),
+        buffer_(in_place_ ? 0 : channels_) {}
+
+  static InputRows optional(const std::optional<Tensor>& t, A otherwise, const Shape& shape) {
+    return t ? InputRows(*t, shape) : InputRows(otherwise, shape);
+  }
+
+  const A* at(int64_t b, int64_t n) {
+    const int64_t offset = this->offset(b, n);
+    const char* row = data_ + offset * element_size_;
+    if (in_place_) return reinterpret_cast<const A*>(row);
+    if (offset != held_) widen_row(dtype_, row, channel_stride_, channels_, buffer_.data());
+    held_ = offset;
+    return buffer_.data();
+  }
+
+  // Equal offsets, equal rows.
+  int64_t offset(int64_t b, int64_t n) const { return b * batch_stride_ + n * token_stride_; }
+
+ private:
+  InputRows(A constant, const Shape& shape) : channels_(shape.channels), held_(0), buffer_(shape.channels) {
+    for (int64_t i = 0; i < channels_; ++i) buffer_.data()[i] = constant;
+  }
+
+  int64_t batch_stride_ = 0, token_stride_ = 0, channel_stride_ = 1, channels_, element_size_ = 1, held_ = -1;
+  ScalarType dtype_ = kDtype<A>;
+  const char* data_ = nullptr;
+  bool in_place_ = false;
+  Buffer<A> buffer_;
+};
+
+// weight (1 + scale), made anew only where the row changes.
+template <class A>
+class FactorRows {
+ public:
+  FactorRows(const std::optional<Tensor>& weight, const std::optional<Tensor>& scale, const Shape& shape)
+      : weight(InputRows<A>::optional(weight, 1, shape)),
+        scale(InputRows<A>::optional(scale, 0, shape)),
+        channels_(shape.channels),
+        buffer_(shape.channels) {}
+
+  const A* at(int64_t b, int64_t n) {
+    const int64_t offset = scale.offset(b, n);
+    if (offset != held_) {
+      const A *w = weight.at(b, n), *s = scale.at(b, n);
+      A* factor = buffer_.data();
+#pragma omp simd
+      for (int64_t i = 0; i < channels_; ++i) factor[i] = w[i] * (1 + s[i]);
+      held_ = offset;
+    }
+    return buffer_.data();
+  }
+
+  InputRows<A> weight, scale;
+
+ private:
+  int64_t channels_, held_ = -1;
+  Buffer<A> buffer_;
+};
+
+// Rows of A that end in a contiguous tensor of any dtype; of an empty tensor, rows that go nowhere.
+template <class A>
+class OutputRows {
+ public:
+  OutputRows(const Tensor& t, int64_t channels)
+      : channels_(channels),
+        element_size_(t.element_size()),
+        dtype_(t.scalar_type()),
+        data_(static_cast<char*>(t.mutable_data_ptr())),
+        wanted_(t.numel() > 0),
+        in_place_(wanted_ && dtype_ == kDtype<A>),
+        buffer_(in_place_ ? 0 : channels) {}
+
+  bool wanted() const { return wanted_; }
+
+  A* at(int64_t row) const { return in_place_ ? reinterpret_cast<A*>(address(row)) : buffer_.data(); }
+
+  void finish(int64_t row) const {
+    if (wanted_ && !in_place_) narrow_row(dtype_, buffer_.data(), channels_, address(row));
+  }
+
+ private:
+  char* address(int64_t row) const { return data_ + row * channels_ * element_size_; }
+
+  int64_t channels_, element_size_;
+  ScalarType dtype_;
+  char* data_;
+  bool wanted_, in_place_;
+  Buffer<A> buffer_;
+};
+
+// Sum of term(i): four streams side by side hide the latency of additions; in A over runs, in double over those.
+template <class A, class F>
+FD_INLINE double sum_row(int64_t n, F&& term) {
+  constexpr int64_t run = 4096;
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += run) {
+    const int64_t quarter = (n - begin < run ? n - begin : run) / 4;
+    const int64_t second = begin + quarter, third = second + quarter, fourth = third + quarter, end = n - begin < run ? n : begin + run;
+    A p = 0, q = 0, r = 0, s = 0;
+#pragma omp simd reduction(+ : p, q, r, s)
+    for (int64_t i = 0; i < quarter; ++i) {
+      p += term(begin + i);
+      q += term(second + i);
+      r += term(third + i);
+      s += term(fourth + i);
+    }
+    for (int64_t i = fourth + quarter; i < end; ++i) s += term(i);
+    total += double(p) + double(q) + (double(r) + double(s));
+  }
+  return total;
+}
+
+template <class A>
+FD_INLINE RowStatistics<A> statistics(const A* x, int64_t n, bool centred, double eps) {
+  const A mean = centred ? A(sum_row<A>(n, [=](int64_t i) { return x[i]; }) / n) : A(0);
+  const double variance = sum_row<A>(n, [=](int64_t i) { return (x[i] - mean) * (x[i] - mean); }) / n;
+  return {mean, A(1 / std::sqrt(variance + eps))};
+}
+
+// The arguments of all four ops. With a branch the row that is normalised is x + gate * branch.
+struct Operands {
+  Tensor x;
+  std::optional<Tensor> branch = {}, gate = {}, weight = {}, shift = {}, scale = {};
+  bool centred = true;
+  double eps = 0;
+};
+
+// x's rows, or x + gate * branch.
+template <class A>
+class HiddenRows {
+ public:
+  HiddenRows(const Operands& in, const Shape& shape)
+      : gate(InputRows<A>::optional(in.gate, 0, shape)),
+        branch(InputRows<A>::optional(in.branch, 0, shape)),
+        gated_(in.branch.has_value()),
+        channels_(shape.channels),
+        x_(in.x, shape) {}
+
+  // The row; made in `room` where it is not x's own.
+  const A* at(int64_t b, int64_t n, A* room) {
+    const A* x = x_.at(b, n);
+    if (!gated_) return x;
+    const A *y = branch.at(b, n), *g = gate.at(b, n);
+#pragma omp simd
+    for (int64_t i = 0; i < channels_; ++i) room[i] = x[i] + g[i] * y[i];
+    return room;
+  }
+
+  InputRows<A> gate, branch;
+
+ private:
+  bool gated_;
+  int64_t channels_;
+  InputRows<A> x_;
+};
+
+template <class F>
+void for_each_row(const Shape& shape, F&& body) {
+  const int64_t grain = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(shape.channels, 1));
+  torch::stable::parallel_for(0, shape.rows(), grain, body);
+}
+
+// Fills those of the outputs that are not empty.
+template <class A>
+void forward(const Operands& in, const Tensor& hidden_out, const Tensor& modulated_out) {
+  const Shape shape(in.x);
+  const int64_t channels = shape.channels;
+  for_each_row(shape, [&](int64_t first, int64_t last) {
+    HiddenRows<A> hidden(in, shape);
+    FactorRows<A> factors(in.weight, in.scale, shape);
+    InputRows<A> shifts = InputRows<A>::optional(in.shift, 0, shape);
+    const OutputRows<A> sums(hidden_out, channels), results(modulated_out, channels);
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t b = row / shape.tokens, n = row % shape.tokens;
+      const A* h = hidden.at(b, n, sums.at(row));
+      sums.finish(row);
+      if (!results.wanted()) continue;
+      const RowStatistics<A> stats = statistics(h, channels, in.centred, in.eps);
+      const A *factor = factors.at(b, n), *shift = shifts.at(b, n);
+      A* y = results.at(row);
+#pragma omp simd
+      for (int64_t i = 0; i < channels; ++i) y[i] = modulated(stats.normalise(h[i]), factor[i], shift[i]);
+      results.finish(row);
+    }
+  });
+}
+
+// Blocks of rows, none of them across samples where a gradient is summed by sample.
+struct Blocks {
+  int64_t segment, per_segment, count;
+
+  Blocks(const Shape& shape, bool by_sample)
+      : segment(by_sample ? shape.tokens : shape.rows()),
+        per_segment((segment + kRowBlock - 1) / kRowBlock),
+        count(by_sample ? shape.batch * per_segment : per_segment) {}
+
+  int64_t begin(int64_t block) const { return block / per_segment * segment + block % per_segment * kRowBlock; }
+  int64_t end(int64_t block) const { return std::min(begin(block) + kRowBlock, (block / per_segment + 1) * segment); }
+};
+
+bool by_sample(const std::optional<Tensor>& t, const Shape& shape) {
+  return t && (t->dim() == 2 || (t->dim() == 3 && t->size(1) != shape.tokens));
+}
+
+// The gradient of a modulation argument: a row for each row of x, or sums, by sample or over all rows, in two stages: over the rows of a
+// block, then over blocks in their order.
+template <class A>
+class ModulationGradient {
+ public:
+  ModulationGradient(const Tensor& out, const std::optional<Tensor>& argument, bool needed, const Shape& shape, const Blocks& blocks)
+      : out_(out),
+        needed_(needed),
+        summed_(needed && (argument->dim() == 1 || by_sample(argument, shape))),
+        channels_(shape.channels),
+        groups_(summed_ && argument->dim() > 1 ? shape.batch : 1),
+        per_group_(blocks.count / std::max<int64_t>(groups_, 1)),
+        partial_(summed_ ? blocks.count * channels_ : 0) {}
+
+  bool needed() const { return needed_; }
+
+  void start(int64_t block) const {
+    if (summed_) std::memset(partial_.data() + block * channels_, 0, channels_ * sizeof(A));
+  }
+
+  template <class F>
+  void add(int64_t block, int64_t row, const OutputRows<A>& rows, F&& term) const {
+    if (summed_) {
+      A* sums = partial_.data() + block * channels_;
+#pragma omp simd
+      for (int64_t i = 0; i < channels_; ++i) sums[i] += term(i);
+    } else {
+      A* to = rows.at(row);
+#pragma omp simd
+      for (int64_t i = 0; i < channels_; ++i) to[i] = term(i);
+      rows.finish(row);
+    }
+  }
+
+  // Where add() writes when it does not sum; one for each task.
+  OutputRows<A> rows() const { return OutputRows<A>(out_, channels_); }
+
+  void finish() const {
+    if (!summed_) return;
+    constexpr int64_t width = 256;
+    const int64_t pieces = (channels_ + width - 1) / width, cost = std::max<int64_t>(1, per_group_ * width);
+    const int64_t element_size = out_.element_size();
+    char* out = static_cast<char*>(out_.mutable_data_ptr());
+    torch::stable::parallel_for(0, groups_ * pieces, std::max<int64_t>(1, kTaskElements / cost), [&](int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t group = item / pieces, begin = item % pieces * width, n = std::min(width, channels_ - begin);
+        double sums[width] = {};
+        A narrowed[width];
+        for (int64_t block = group * per_group_; block < (group + 1) * per_group_; ++block) {
+          const A* part = partial_.data() + block * channels_ + begin;
+          for (int64_t i = 0; i < n; ++i) sums[i] += part[i];
+        }
+        for (int64_t i = 0; i < n; ++i) narrowed[i] = static_cast<A>(sums[i]);
+        narrow_row(out_.scalar_type(), narrowed, n, out + (group * channels_ + begin) * element_size);
+      }
+    });
+  }
+
+ private:
+  Tensor out_;
+  bool needed_, summed_;
+  int64_t channels_, groups_, per_group_;
+  Buffer<A> partial_;
+};
+
+struct Gradients {
+  Tensor x, branch, gate, weight, shift, scale;
+};
+
+struct Needs {
+  bool x, branch = false, gate = false, weight = false, shift = false, scale = false;
+};
+
+Tensor gradient_of(const std::optional<Tensor>& argument, bool needed, const Tensor& x) { return needed ? empty_as(*argument) : absent(x); }
+
+// One block of rows at a time: everything about a row happens while it is in the cache.
+template <class A>
+class BackwardBlock {
+ public:
+  BackwardBlock(
+      const Operands& in, const Shape& shape, const std::optional<Tensor>& grad_hidden, const std::optional<Tensor>& grad_modulated,
+      const Gradients& out, const ModulationGradient<A>& gate, const ModulationGradient<A>& weight, const ModulationGradient<A>& shift,
+      const ModulationGradient<A>& scale)
+      : in_(in),
+        shape_(shape),
+        normalised_(grad_modulated.has_value()),
+        gate_(gate),
+        weight_(weight),
+        shift_(shift),
+        scale_(scale),
+        hidden_(in, shape),
+        factors_(in.weight, in.scale, shape),
+        upstream_hidden_(InputRows<A>::optional(grad_hidden, 0, shape)),
+        upstream_(InputRows<A>::optional(grad_modulated, 0, shape)),
+        grad_x_(out.x, shape.channels),
+        grad_branch_(out.branch, shape.channels),
+        gate_rows_(gate.rows()),
+        weight_rows_(weight.rows()),
+        shift_rows_(shift.rows()),
+        scale_rows_(scale.rows()),
+        room_(shape.channels),
+        normal_(shape.channels) {}
+
+  void row(int64_t block, int64_t row) {
+    const int64_t b = row / shape_.tokens, n = row % shape_.tokens;
+    A* grad = grad_x_.at(row);
+    if (normalised_) {
+      through_norm(block, row, b, n, grad);
+    } else {
+      copy(upstream_hidden_.at(b, n), grad);
+    }
+    grad_x_.finish(row);
+    through_gate(block, row, b, n, grad);
+  }
+
+ private:
+  void copy(const A* from, A* to) const { std::memcpy(to, from, shape_.channels * sizeof(A)); }
+
+  void through_norm(int64_t block, int64_t row, int64_t b, int64_t n, A* grad) {
+    const int64_t channels = shape_.channels;
+    const A* h = hidden_.at(b, n, room_.data());
+    const RowStatistics<A> stats = statistics(h, channels, in_.centred, in_.eps);
+    A* normal = normal_.data();
+#pragma omp simd
+    for (int64_t i = 0; i < channels; ++i) normal[i] = stats.normalise(h[i]);
+    const A *up = upstream_.at(b, n), *factor = factors_.at(b, n), *up_hidden = upstream_hidden_.at(b, n);
+    modulation_gradients(block, row, b, n, up, normal);
+    const A constant = in_.centred ? A(sum_row<A>(channels, [=](int64_t i) { return up[i] * factor[i]; }) / channels) : A(0);
+    const A along = A(sum_row<A>(channels, [=](int64_t i) { return up[i] * factor[i] * normal[i]; }) / channels);
+    const RowProjections<A> projections{constant, along};
+#pragma omp simd
+    for (int64_t i = 0; i < channels; ++i) grad[i] = up_hidden[i] + norm_input_gradient(up[i] * factor[i], normal[i], stats, projections);
+  }
+
+  void modulation_gradients(int64_t block, int64_t row, int64_t b, int64_t n, const A* up, const A* normal) {
+    if (shift_.needed()) shift_.add(block, row, shift_rows_, [=](int64_t i) { return up[i]; });
+    if (scale_.needed()) {
+      const A* weight = factors_.weight.at(b, n);
+      scale_.add(block, row, scale_rows_, [=](int64_t i) { return up[i] * normal[i] * weight[i]; });
+    }
+    if (weight_.needed()) {
+      const A* scale = factors_.scale.at(b, n);
+      weight_.add(block, row, weight_rows_, [=](int64_t i) { return up[i] * normal[i] * (1 + scale[i]); });
+    }
+  }
+
+  void through_gate(int64_t block, int64_t row, int64_t b, int64_t n, const A* grad) {
+    if (gate_.needed()) {
+      const A* branch = hidden_.branch.at(b, n);
+      gate_.add(block, row, gate_rows_, [=](int64_t i) { return grad[i] * branch[i]; });
+    }
+    if (grad_branch_.wanted()) {
+      const A* gate = hidden_.gate.at(b, n);
+      A* to = grad_branch_.at(row);
+#pragma omp simd
+      for (int64_t i = 0; i < shape_.channels; ++i) to[i] = grad[i] * gate[i];
+      grad_branch_.finish(row);
+    }
+  }
+
+  const Operands& in_;
+  const Shape& shape_;
+  bool normalised_;
+  const ModulationGradient<A>&gate_, &weight_, &shift_, &scale_;
+  HiddenRows<A> hidden_;
+  FactorRows<A> factors_;
+  InputRows<A> upstream_hidden_, upstream_;
+  OutputRows<A> grad_x_, grad_branch_, gate_rows_, weight_rows_, shift_rows_, scale_rows_;
+  Buffer<A> room_, normal_;
+};
+
+template <class A>
+void backward_into(
+    const Operands& in, const std::optional<Tensor>& grad_hidden, const std::optional<Tensor>& grad_modulated, const Needs& needs,
+    const Gradients& out) {
+  const Shape shape(in.x);
+  const bool split = (needs.gate && by_sample(in.gate, shape)) || (needs.shift && by_sample(in.shift, shape)) ||
+                     (needs.scale && by_sample(in.scale, shape));
+  const Blocks blocks(shape, split);
+  const ModulationGradient<A> gate(out.gate, in.gate, needs.gate, shape, blocks);
+  const ModulationGradient<A> weight(out.weight, in.weight, needs.weight, shape, blocks);
+  const ModulationGradient<A> shift(out.shift, in.shift, needs.shift, shape, blocks);
+  const ModulationGradient<A> scale(out.scale, in.scale, needs.scale, shape, blocks);
+  const int64_t block_elements = std::max<int64_t>(1, std::min(kRowBlock, blocks.segment) * shape.channels);
+  torch::stable::parallel_for(0, blocks.count, std::max<int64_t>(1, kTaskElements / block_elements), [&](int64_t first, int64_t last) {
+    BackwardBlock<A> task(in, shape, grad_hidden, grad_modulated, out, gate, weight, shift, scale);
+    for (int64_t block = first; block < last; ++block) {
+      for (const auto* gradient : {&gate, &weight, &shift, &scale}) gradient->start(block);
+      for (int64_t row = blocks.begin(block); row < blocks.end(block); ++row) task.row(block, row);
+    }
+  });
+  for (const auto* gradient : {&gate, &weight, &shift, &scale}) gradient->finish();
+}
+
+template <class F>
+void by_accumulator(const Tensor& x, F&& body) {
+  if (x.scalar_type() == ScalarType::Double) {
+    body(Tag<double>{});
+  } else {
+    body(Tag<float>{});
+  }
+}
+
+Gradients backward(
+    const Operands& in, const std::optional<Tensor>& grad_hidden, const std::optional<Tensor>& grad_modulated, const Needs& needs) {
+  const Tensor& x = in.x;
+  const Gradients out{
+      gradient_of(x, needs.x, x),
+      gradient_of(in.branch, needs.branch, x),
+      gradient_of(in.gate, needs.gate, x),
+      gradient_of(in.weight, needs.weight, x),
+      gradient_of(in.shift, needs.shift, x),
+      gradient_of(in.scale, needs.scale, x),
+  };
+  by_accumulator(x, [&](auto tag) { backward_into<typename decltype(tag)::type>(in, grad_hidden, grad_modulated, needs, out); });
+  return out;
+}
+
+Tensor forward_modulated(const Operands& in) {
+  Tensor out = empty_as(in.x);
+  const Tensor none = absent(in.x);
+  by_accumulator(in.x, [&](auto tag) { forward<typename decltype(tag)::type>(in, none, out); });
+  return out;
+}
+
+Tensor layer_norm_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
+  return forward_modulated({.x = x, .shift = shift, .scale = scale, .eps = eps});
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& shift, const Tensor& scale, double eps, std::vector<bool> needs) {
+  const Operands in{.x = x, .shift = shift, .scale = scale, .eps = eps};
+  const Gradients out = backward(in, std::nullopt, grad, {.x = needs[0], .shift = needs[1], .scale = needs[2]});
+  return {out.x, out.shift, out.scale};
+}
+
+Tensor rms_norm_modulate(
+    const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& shift, const std::optional<Tensor>& scale,
+    double eps) {
+  return forward_modulated({.x = x, .weight = weight, .shift = shift, .scale = scale, .centred = false, .eps = eps});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_modulate_backward(
+    const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& shift,
+    const std::optional<Tensor>& scale, double eps, std::vector<bool> needs) {
+  const Operands in{.x = x, .weight = weight, .shift = shift, .scale = scale, .centred = false, .eps = eps};
+  const Gradients out = backward(in, std::nullopt, grad, {.x = needs[0], .weight = needs[1], .shift = needs[2], .scale = needs[3]});
+  return {out.x, out.weight, out.shift, out.scale};
+}
+
+Tensor gate_residual(const Tensor& residual, const Tensor& branch, const Tensor& gate) {
+  Tensor out = empty_as(residual);
+  const Operands in{.x = residual, .branch = branch, .gate = gate};
+  const Tensor none = absent(residual);
+  by_accumulator(residual, [&](auto tag) { forward<typename decltype(tag)::type>(in, out, none); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gate_residual_backward(
+    const Tensor& grad, const Tensor& residual, const Tensor& branch, const Tensor& gate, std::vector<bool> needs) {
+  const Operands in{.x = residual, .branch = branch, .gate = gate};
+  const Gradients out = backward(in, grad, std::nullopt, {.x = needs[0], .branch = needs[1], .gate = needs[2]});
+  return {out.x, out.branch, out.gate};
+}
+
+std::tuple<Tensor, Tensor> gate_residual_norm_modulate(
+    const Tensor& residual, const Tensor& branch, const Tensor& gate, const Tensor& shift, const Tensor& scale, std::string norm,
+    double eps) {
+  Tensor hidden = empty_as(residual), out = empty_as(residual);
+  const Operands in{.x = residual, .branch = branch, .gate = gate, .shift = shift, .scale = scale, .centred = norm == "layer", .eps = eps};
+  by_accumulator(residual, [&](auto tag) { forward<typename decltype(tag)::type>(in, hidden, out); });
+  return {hidden, out};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_norm_modulate_backward(
+    const Tensor& grad_hidden, const Tensor& grad_modulated, const Tensor& residual, const Tensor& branch, const Tensor& gate,
+    const Tensor& shift, const Tensor& scale, std::string norm, double eps, std::vector<bool> needs) {
+  const Operands in{.x = residual, .branch = branch, .gate = gate, .shift = shift, .scale = scale, .centred = norm == "layer", .eps = eps};
+  const Needs wanted{.x = needs[0], .branch = needs[1], .gate = needs[2], .shift = needs[3], .scale = needs[4]};
+  const Gradients out = backward(in, grad_hidden, grad_modulated, wanted);
+  return {out.x, out.branch, out.gate, out.shift, out.scale};
+}
+
+}  // namespace
+}  // namespace fastdiff::FASTDIFF_VARIANT
+
+#include "fastdiff/variant_end.h"
+
+FASTDIFF_CPU_KERNELS(m) {
+  using namespace fastdiff::FASTDIFF_VARIANT;
+  m.impl("layer_norm_modulate", TORCH_BOX(&layer_norm_modulate));
+  m.impl("layer_norm_modulate_backward", TORCH_BOX(&layer_norm_modulate_backward));
+  m.impl("rms_norm_modulate", TORCH_BOX(&rms_norm_modulate));
+  m.impl("rms_norm_modulate_backward", TORCH_BOX(&rms_norm_modulate_backward));
+  m.impl("gate_residual", TORCH_BOX(&gate_residual));
+  m.impl("gate_residual_backward", TORCH_BOX(&gate_residual_backward));
+  m.impl("gate_residual_norm_modulate", TORCH_BOX(&gate_residual_norm_modulate));
+  m.impl("gate_residual_norm_modulate_backward", TORCH_BOX(&gate_residual_norm_modulate_backward));
+}
