@@ -123,7 +123,7 @@ class NativeBuild(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         # The kernels know nothing of Python, so their file carries no Python version.
-        if fullname.endswith("._native"):
+        if fullname.rpartition(".")[2] == "_native":
             return str(Path(*fullname.split(".")).with_suffix(".so"))
         return super().get_ext_filename(fullname)
 
