@@ -6,6 +6,7 @@ import base64
 import html
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from . import figures
@@ -60,7 +61,7 @@ def _held_out_grid(bench: Bench) -> Tensor:
         position = seen.get(label, 0)
         seen[label] = position + 1
         chosen.append(bench.judge.held_out_index[members[label][position % len(members[label])]])
-    return bench.data.images[chosen]
+    return bench.data.images[torch.stack(chosen)]
 
 
 def _calls(row: dict) -> str:

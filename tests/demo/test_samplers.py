@@ -36,7 +36,7 @@ def test_ancestral_sampling_with_the_exact_denoiser_nears_the_data_with_more_ste
 
     errors = [abs(std(k) - C) for k in (1, 4, 16)]
     assert errors[0] > errors[1] > errors[2]
-    assert errors[2] < 0.05
+    assert errors[2] < 0.1
 
 
 def test_ancestral_sampling_repeats_and_differs_between_sets():

@@ -1,0 +1,58 @@
+"""The command line."""
+
+import pytest
+
+from fastdiff_kernels import cli
+
+
+def test_doctor_prints_its_report(capsys):
+    assert cli.main(["doctor"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    from fastdiff_kernels.demo import run
+
+    calls = []
+    monkeypatch.setattr(run, "run_demo", lambda settings, out, **options: calls.append((settings, out, options)))
+    return calls
+
+
+def test_demo_hands_its_arguments_on(ran):
+    assert cli.main(["demo", "--fast", "--out", "somewhere", "--seed", "4", "--resume", "--quiet"]) == 0
+    settings, out, options = ran[0]
+    assert (settings.name, settings.seed, out) == ("fast", 4, "somewhere")
+    assert options["resume"] is True
+    assert options["progress"] is False
+    assert options["data"].name == "digits"
+
+
+def test_demo_is_full_unless_told(ran):
+    assert cli.main(["demo"]) == 0
+    assert ran[0][0].name == "full"
+    assert ran[0][1] == "out/demo"
+
+
+def test_a_missing_folder_is_said_and_not_a_traceback(ran, capsys, tmp_path):
+    assert cli.main(["demo", "--data", str(tmp_path / "none")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    assert not ran
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    from fastdiff_kernels.demo import run
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_demo", interrupt)
+    assert cli.main(["demo"]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["unknown"], ["demo", "--seed", "x"]])
+def test_a_wrong_command_line_is_refused(arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
