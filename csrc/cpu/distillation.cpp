@@ -8,14 +8,6 @@
 namespace fastdiff::FASTDIFF_VARIANT {
 namespace {
 
-// Short enough for three inputs to stay in the first-level cache from one loop over them to the next.
-constexpr int64_t kRun = 1024;
-
-template <class F>
-FD_INLINE void for_each_run(int64_t begin, int64_t end, F&& body) {
-  for (int64_t i = begin; i < end; i += kRun) body(i, i + kRun < end ? i + kRun : end);
-}
-
 struct SimArguments {
   Tensor fake, teacher, sample;
   const Tensor &weight, &c;
@@ -42,13 +34,11 @@ void for_each_sim_sample(const SimArguments& arguments, F&& finish) {
   const Samples samples(arguments.fake);
   const bool pseudo_huber = arguments.pseudo_huber;
   const auto chunk = [=](int64_t b, int64_t begin, int64_t end) {
-    std::array<double, 2> sums{};
-    const int64_t first = b * samples.elements;
-    for_each_run(first + begin, first + end, [&](int64_t i, int64_t stop) {
-      if (pseudo_huber) sums[0] += sum<Acc<T>>(i, stop, [=](int64_t j) { return inputs.gap(j) * inputs.gap(j); });
-      sums[1] += sum<Acc<T>>(i, stop, [=](int64_t j) { return inputs.gap(j) * inputs.error(j); });
-    });
-    return sums;
+    const int64_t first = b * samples.elements + begin, last = b * samples.elements + end;
+    return std::array<double, 2>{
+        pseudo_huber ? sum<Acc<T>>(first, last, [=](int64_t i) { return inputs.gap(i) * inputs.gap(i); }) : 0.0,
+        sum<Acc<T>>(first, last, [=](int64_t i) { return inputs.gap(i) * inputs.error(i); }),
+    };
   };
   reduce_samples<2>(samples, chunk, [&](int64_t b, const std::array<double, 2>& sums) {
     finish(b, sim_factors<double>(sums[0], sums[1], constants[b], pseudo_huber));
@@ -94,25 +84,23 @@ std::tuple<Tensor, Tensor, Tensor> sim_loss_backward(
     T *to_fake = write<T>(grad_fake), *to_teacher = write<T>(grad_teacher), *to_sample = write<T>(grad_sample);
     for_each_chunk(samples, [&](int64_t b, int64_t begin, int64_t end) {
       const A scale = factors[b].scale, linear = factors[b].linear, radial = factors[b].radial;
-      const int64_t first = b * samples.elements;
-      for_each_run(first + begin, first + end, [&](int64_t i, int64_t stop) {
-        if (needs[0]) {
+      const int64_t first = b * samples.elements + begin, last = b * samples.elements + end;
+      if (needs[0]) {
 #pragma omp simd
-          for (int64_t j = i; j < stop; ++j) {
-            to_fake[j] = store<T>(sim_fake_gradient<A>(inputs.gap(j), inputs.error(j), scale, linear, radial));
-          }
+        for (int64_t i = first; i < last; ++i) {
+          to_fake[i] = store<T>(sim_fake_gradient<A>(inputs.gap(i), inputs.error(i), scale, linear, radial));
         }
-        if (needs[1]) {
+      }
+      if (needs[1]) {
 #pragma omp simd
-          for (int64_t j = i; j < stop; ++j) {
-            to_teacher[j] = store<T>(sim_teacher_gradient<A>(inputs.gap(j), inputs.error(j), scale, linear, radial));
-          }
+        for (int64_t i = first; i < last; ++i) {
+          to_teacher[i] = store<T>(sim_teacher_gradient<A>(inputs.gap(i), inputs.error(i), scale, linear, radial));
         }
-        if (needs[2]) {
+      }
+      if (needs[2]) {
 #pragma omp simd
-          for (int64_t j = i; j < stop; ++j) to_sample[j] = store<T>(sim_sample_gradient<A>(inputs.gap(j), scale, linear));
-        }
-      });
+        for (int64_t i = first; i < last; ++i) to_sample[i] = store<T>(sim_sample_gradient<A>(inputs.gap(i), scale, linear));
+      }
     });
   });
   return {grad_fake, grad_teacher, grad_sample};

@@ -97,17 +97,16 @@ std::tuple<Tensor, Tensor> guided_step(
     const Samples samples(x);
     const auto chunk = [=](int64_t b, int64_t begin, int64_t end) {
       const auto c = step_coefficients<A>(from[b], to[b]);
-      const int64_t first = b * samples.elements;
+      const int64_t first = b * samples.elements + begin, last = b * samples.elements + end;
       return with_guidance(d, u, scale[b], [=](auto guided_at) {
-        return std::array<double, 1>{sum<A>(first + begin, first + end, [=](int64_t i) {
-          const A here = load(in[i]), target = guided_at(i);
-          y[i] = store<T>(c.kept * here + c.replaced * target);
-          return std::abs(c.replaced * (target - here));
-        })};
+#pragma omp simd
+        for (int64_t i = first; i < last; ++i) y[i] = store<T>(step_value<A>(load(in[i]), guided_at(i), c));
+        return std::array<double, 1>{sum<A>(first, last, [=](int64_t i) { return std::abs(guided_at(i) - load(in[i])); })};
       });
     };
     reduce_samples<1>(samples, chunk, [&](int64_t b, const std::array<double, 1>& sums) {
-      moved[b] = static_cast<A>(sums[0] / static_cast<double>(samples.elements));
+      const double replaced = step_coefficients<double>(from[b], to[b]).replaced;
+      moved[b] = static_cast<A>(std::abs(replaced) * sums[0] / static_cast<double>(samples.elements));
     });
   });
   return {next, change};

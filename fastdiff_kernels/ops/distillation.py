@@ -1,4 +1,4 @@
-"""Losses of Score Implicit Matching (SIM; Luo et al., arXiv 2410.16794) and of moment matching distillation (Salimans et al., arXiv 2406.04103)."""
+"""Losses of Score Implicit Matching (SIM; Luo et al., arXiv 2410.16794) and of moment matching (Salimans et al., arXiv 2406.04103)."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def moment_matching_loss(sample: Tensor, auxiliary: Tensor, teacher: Tensor, *, 
 
 
 def moment_matching_auxiliary_loss(sample: Tensor, auxiliary: Tensor, teacher: Tensor, *, weight: float | Tensor = 1.0) -> Tensor:
-    """weight * (|sample - auxiliary|^2 + |teacher - auxiliary|^2) for each sample: the auxiliary denoiser's loss (arXiv 2406.04103, Alg. 2).
+    """weight * (|sample - auxiliary|^2 + |teacher - auxiliary|^2) for each sample: the auxiliary denoiser's (arXiv 2406.04103, Alg. 2).
 
     Its gradient, 2 * weight * (2 * auxiliary - sample - teacher), goes to auxiliary alone.
 

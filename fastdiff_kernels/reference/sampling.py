@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ._common import compute_dtype, mean_per_sample, per_sample
@@ -42,8 +43,10 @@ def guided_step(
     if uncond is not None:
         uncond = uncond.to(dtype)
         guided = uncond + per_sample(guidance, x) * (guided - uncond)
-    sigma, sigma_next = per_sample(sigma, x), per_sample(sigma_next, x)
-    kept, replaced = sigma_next / sigma, (sigma - sigma_next) / sigma
-    # As a weighted mean the step ends exactly in D at sigma_next = 0, where adding a change to a large x would lose D's last digits.
-    change = replaced * (guided - wide)
-    return (kept * wide + replaced * guided).to(x.dtype), mean_per_sample(change.abs())
+    sigma, sigma_next = (per_sample(level, x).double() for level in (sigma, sigma_next))
+    kept, replaced = (sigma_next / sigma).to(dtype), ((sigma - sigma_next) / sigma).to(dtype)
+    error = wide - guided
+    # From the nearer end, so that a step to sigma_next = 0 is exactly D, and a short one loses nothing of x.
+    from_x = kept > 0.5
+    following = torch.where(from_x, wide, guided) + torch.where(from_x, -replaced, kept) * error
+    return following.to(x.dtype), replaced.abs().flatten() * mean_per_sample(error.abs())

@@ -21,15 +21,22 @@ FD_INLINE PosteriorCoefficients<A> posterior_coefficients(double sigma_s, double
   return {static_cast<A>(ratio * ratio), static_cast<A>(forgotten), static_cast<A>(sigma_s * std::sqrt(forgotten))};
 }
 
-// x_next = kept x + replaced D: exactly D at sigma_next = 0, where adding a change to a large x would lose D's last digits.
+// x_next = kept x + replaced D, x_next - x = replaced (D - x).
 template <class A>
 struct StepCoefficients {
   A kept, replaced;
 };
 
 template <class A>
-FD_INLINE StepCoefficients<A> step_coefficients(A sigma, A sigma_next) {
-  return {sigma_next / sigma, (sigma - sigma_next) / sigma};
+FD_INLINE StepCoefficients<A> step_coefficients(double sigma, double sigma_next) {
+  return {static_cast<A>(sigma_next / sigma), static_cast<A>((sigma - sigma_next) / sigma)};
+}
+
+// From the nearer end, so that a step to sigma_next = 0 is exactly D, and a short one loses nothing of x.
+template <class A>
+FD_INLINE A step_value(A x, A denoised, const StepCoefficients<A>& c) {
+  const bool from_x = c.kept > A(0.5);
+  return (from_x ? x : denoised) + (from_x ? -c.replaced : c.kept) * (x - denoised);
 }
 
 template <class A>
