@@ -263,6 +263,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Samples samples, int64
   constexpr int K = Terms::sums;
   const int64_t b = blockIdx.x / chunks, begin = blockIdx.x % chunks * kChunk;
   const int64_t end = begin + kChunk < samples.elements ? begin + kChunk : samples.elements;
+  if constexpr (requires { terms.begin(b); }) terms.begin(b);
   typename Terms::A part[K] = {};
   for (int64_t i = begin + int64_t{threadIdx.x} * Terms::group; i < end; i += int64_t{blockDim.x} * Terms::group) {
     terms(b, i, static_cast<int>(end - i < Terms::group ? end - i : Terms::group), part);
@@ -295,7 +296,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(int64_t batch, int64_t
 }
 
 // Sums over each sample. Terms is a functor: terms(b, i, count, part) adds the terms of a group of elements (see for_each_group) to
-// A part[sums]; it declares `using A` and the constants `sums` and `group`. finish(b, const double (&sums)[..]) takes a sample's totals.
+// A part[sums]; it declares `using A` and the constants `sums` and `group`. If it has begin(b), all threads of the block call that first.
+// finish(b, const double (&sums)[..]) takes a sample's totals.
 // One launch where a sample fits a block, two where it does not; the order of the additions depends on the sample's length alone.
 template <class Terms, class Finish>
 void reduce_samples(const char* where, const OnDevice& device, const Tensor& x, const Terms& terms, const Finish& finish) {

@@ -71,7 +71,8 @@ def integrate_schedule(sigmas: Tensor, costs: Tensor, num_steps: int, interpolat
     """
     dtype = sigmas.dtype
     sigmas, costs = sigmas.double(), costs.double()
-    widths = costs.clamp_min(COST_FLOOR * costs.amax(-1, keepdim=True)).sqrt()  # [..., K]
+    floor = (COST_FLOOR * costs.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny)
+    widths = costs.clamp_min(floor).sqrt()  # [..., K]
     length = torch.cat((torch.zeros_like(widths[..., :1]), widths.cumsum(-1)), -1)  # [..., K + 1]
     fractions = torch.arange(num_steps + 1, device=sigmas.device, dtype=torch.float64) / num_steps
     targets = fractions * length[..., -1:]  # [..., num_steps + 1]

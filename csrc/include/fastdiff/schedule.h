@@ -1,6 +1,7 @@
 #pragma once
 // Schedules by cost integration: an interval's cost from raw network outputs, and levels of equal running sum of sqrt(cost).
 
+#include <cmath>
 #include <cstdint>
 
 #include "fastdiff/macros.h"
@@ -29,8 +30,11 @@ FD_INLINE A cost_term(A x, A raw_low, A raw_high, A low, A high, A input) {
   return difference * difference;
 }
 
-// Smaller costs count as this fraction of the largest, so that the running sum can be inverted.
-constexpr double kCostFloor = 1e-12;
+// Smaller costs count as this much, so that the running sum can be inverted: a fraction of the largest, and a normal number.
+FD_INLINE double cost_floor(double largest) {
+  const double floor = 1e-12 * largest;
+  return floor < 0x1p-1022 ? 0x1p-1022 : floor;
+}
 
 // One schedule: intervals + 1 strictly monotone levels, and the cost of every interval between two.
 template <class S, class C>

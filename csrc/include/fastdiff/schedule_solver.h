@@ -73,7 +73,7 @@ Totals accumulate(const Schedules<S, C>& schedules, int64_t b, IntervalChunk* ch
     rising += chunks[c].rising;
     falling += chunks[c].falling;
   }
-  const double floor = kCostFloor * highest;
+  const double floor = cost_floor(highest);
   const auto knots = schedules.knots(b, floor);
   // The square root of a negative cost is NaN; what is left to exclude is infinity and zero.
   const bool valid = (rising == schedules.intervals || falling == schedules.intervals) && std::isfinite(unfloored) && highest > 0 &&
