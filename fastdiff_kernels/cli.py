@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -28,8 +27,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    # OpenMP threads that spin while they wait cost more than they gain as soon as anything else runs; it is read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         from .demo.run import load_data, run_demo
         from .demo.settings import Settings

@@ -30,7 +30,7 @@ def _style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
     axes.set_xlabel(xlabel, fontsize=9, color=MUTED)
     axes.set_ylabel(ylabel, fontsize=9, color=MUTED)
-    axes.tick_params(labelsize=8, colors=MUTED)
+    axes.tick_params(which="both", labelsize=8, colors=MUTED)
     axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
@@ -68,14 +68,14 @@ def overview(data: ImageData, panels: Sequence[tuple[str, str, Tensor]], rows: i
     """One picture of several (title, subtitle, samples) panels, four in a row."""
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    figure = _figure(3.3 * columns, (0.55 + 3.2 * rows / 10) * lines + 0.1)
+    figure = _figure(3.3 * columns, (0.5 + 3.3 * rows / 10) * lines)
     all_axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in all_axes:
         axes.axis("off")
     for axes, (title, subtitle, samples) in zip(all_axes, panels, strict=False):
         axes.imshow(grid_image(data, samples, rows), interpolation="nearest")
-        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=13)
-        axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=8, color=MUTED)
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=15)
+        axes.text(0, 1.03, subtitle, transform=axes.transAxes, fontsize=8, color=MUTED)
     save(figure, path)
 
 
@@ -118,8 +118,9 @@ def skip_timeline(details: dict, rows: dict[str, dict], path: Path) -> None:
     for line, name in enumerate(reversed(names)):
         skipped = details["skipped"][name]
         colour = BLUE if name.startswith("adaptive") else MUTED
-        for step, reused in enumerate(skipped):
-            axes.barh(line, 0.86, left=step, height=0.62, color="white" if reused else colour, edgecolor=colour, linewidth=0.8)
+        band = {"yrange": (line - 0.31, 0.62), "edgecolor": colour, "linewidth": 0.8}
+        for wanted, fill in ((True, "white"), (False, colour)):
+            axes.broken_barh([(step, 0.86) for step, reused in enumerate(skipped) if reused == wanted], facecolor=fill, **band)
         row = rows[name]
         axes.text(len(skipped) + 0.6, line, f"{row['calls']} calls, {row['psnr']:.1f} dB", va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(names)), [rows[name]["label"] for name in reversed(names)], fontsize=9)

@@ -31,7 +31,7 @@ STAGES = ["teacher", "lcss", "schedule", "skipping", "sim", *(f"moment_matching_
 @pytest.fixture(scope="module")
 def few_digits():
     digits = load_digits()
-    keep = torch.cat([(digits.labels == label).nonzero().flatten()[:30] for label in range(10)])
+    keep = torch.cat([(digits.labels == label).nonzero().flatten()[:12] for label in range(10)])
     return ImageData("digits", digits.images[keep], digits.labels[keep], digits.class_names, digits.scale, digits.shift)
 
 

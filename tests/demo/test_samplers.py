@@ -1,6 +1,7 @@
 """The demo's samplers, on a Gaussian whose denoiser is known."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_an_even_stride_costs_exactly_the_calls_asked_for(calls):
     computed = [step for step, skipped in enumerate(patterns[0]) if not skipped]
     assert len(computed) == calls
     assert computed[0] == 0
-    gaps = {b - a for a, b in zip(computed, computed[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(computed)}
     assert len(gaps) <= 2
 
 
