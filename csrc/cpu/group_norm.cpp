@@ -2,7 +2,7 @@
 
 #include "fastdiff/variant_begin.h"
 
-#include "cpu/common.h"
+#include "cpu/lanes.h"
 #include "fastdiff/group_norm.h"
 
 namespace fastdiff::FASTDIFF_VARIANT {
@@ -65,92 +65,127 @@ struct Scratch {
 template <class A>
 class Plane {
  public:
-  Plane(const OptionalTensor& x, A constant) : constant_(constant) {
-    if (!x) return;
+  Plane(const OptionalTensor& x, A constant, const Tensor& like, int64_t channels) {
     const auto dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    tensor_ = x->scalar_type() == dtype ? *x : torch::stable::to(*x, dtype);
+    if (x) {
+      tensor_ = x->scalar_type() == dtype ? *x : torch::stable::to(*x, dtype);
+      stride_ = tensor_->stride(tensor_->dim() - 1);
+      batch_stride_ = tensor_->dim() == 2 ? tensor_->stride(0) : 0;
+    } else {
+      tensor_ = torch::stable::new_empty(like, {channels}, dtype);
+      std::fill(write<A>(*tensor_), write<A>(*tensor_) + channels, constant);
+    }
     data_ = read<A>(*tensor_);
-    stride_ = tensor_->stride(tensor_->dim() - 1);
-    batch_stride_ = tensor_->dim() == 2 ? tensor_->stride(0) : 0;
   }
 
-  A operator()(int64_t b, int64_t c) const { return data_ ? data_[b * batch_stride_ + c * stride_] : constant_; }
+  A operator()(int64_t b, int64_t c) const { return data_[b * batch_stride_ + c * stride_]; }
 
  private:
   OptionalTensor tensor_;
-  const A* data_ = nullptr;
-  int64_t stride_ = 0, batch_stride_ = 0;
-  A constant_;
+  const A* data_;
+  int64_t stride_ = 1, batch_stride_ = 0;
 };
 
-// z = normalised * gain + offset.
+// z = normalised * gain + offset, with gain = weight (1 + scale) and offset = bias (1 + scale) + shift as arrays [B, C].
 template <class A>
 struct Affine {
   Plane<A> weight, bias, scale, shift;
+  Scratch<A> gain, offset;
 
-  Affine(const OptionalTensor& w, const OptionalTensor& b, const OptionalTensor& sc, const OptionalTensor& sh)
-      : weight(w, 1), bias(b, 0), scale(sc, 0), shift(sh, 0) {}
-
-  A gain(int64_t b, int64_t c) const { return weight(b, c) * (A(1) + scale(b, c)); }
-  A offset(int64_t b, int64_t c) const { return bias(b, c) * (A(1) + scale(b, c)) + shift(b, c); }
+  Affine(
+      const Tensor& x, const Layout& layout, const OptionalTensor& weights, const OptionalTensor& biases, const OptionalTensor& scales,
+      const OptionalTensor& shifts)
+      : weight(weights, 1, x, layout.channels),
+        bias(biases, 0, x, layout.channels),
+        scale(scales, 0, x, layout.channels),
+        shift(shifts, 0, x, layout.channels),
+        gain(x, layout.batch * layout.channels),
+        offset(x, layout.batch * layout.channels) {
+    for (int64_t b = 0; b < layout.batch; ++b) {
+      A *gains = gain.data + b * layout.channels, *offsets = offset.data + b * layout.channels;
+#pragma omp simd
+      for (int64_t c = 0; c < layout.channels; ++c) {
+        const A factor = A(1) + scale(b, c);
+        gains[c] = weight(b, c) * factor;
+        offsets[c] = bias(b, c) * factor + shift(b, c);
+      }
+    }
+  }
 };
 
-// Sum of term(i) over [0, count), count at most a few thousand; four chains, so that additions need not wait for one another.
-template <class A, class F>
-FD_INLINE A short_sum(int64_t count, F&& term) {
-  const int64_t quarter = count / 4;
-  A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < quarter; ++i) {
-    s0 += term(i);
-    s1 += term(i + quarter);
-    s2 += term(i + 2 * quarter);
-    s3 += term(i + 3 * quarter);
-  }
-  for (int64_t i = 4 * quarter; i < count; ++i) s0 += term(i);
-  return (s0 + s1) + (s2 + s3);
+template <class A>
+Moments run_moments(const A* x, int64_t count) {
+  const double mean = double(sum_in_lanes(x, count, [](const auto& v) { return v; })) / double(count);
+  const A centre = static_cast<A>(mean);
+  const double squares = sum_in_lanes(x, count, [=](const auto& v) { return (v - centre) * (v - centre); });
+  return {double(count), mean, squares};
 }
 
+// x itself, or its values in room where they are narrower than what is computed in.
 template <class T>
-Moments run_moments(const T* x, int64_t count) {
-  using A = Acc<T>;
-  const double mean = double(short_sum<A>(count, [=](int64_t i) { return load(x[i]); })) / double(count);
-  const A centre = static_cast<A>(mean);
-  const double squares = short_sum<A>(count, [=](int64_t i) {
-    const A d = load(x[i]) - centre;
-    return d * d;
-  });
-  return {double(count), mean, squares};
+FD_INLINE const Acc<T>* widened(const T* x, int64_t count, Acc<T>* room) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    return x;
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) room[i] = load(x[i]);
+    return room;
+  }
 }
 
 template <class T>
 Moments moments(const T* x, int64_t count) {
+  alignas(64) Acc<T> room[kRun];
   Moments total{0, 0, 0};
-  for (int64_t i = 0; i < count; i += kRun) total = merged(total, run_moments(x + i, std::min(kRun, count - i)));
+  for (int64_t i = 0; i < count; i += kRun) {
+    const int64_t run = std::min(kRun, count - i);
+    total = merged(total, run_moments(widened(x + i, run, room), run));
+  }
   return total;
 }
 
-// Calls body(b, g) for every group of every sample, in parallel; start() makes what a thread's body needs.
+// Calls range(first, last) for ranges of the batch's groups, in parallel.
 template <class F>
 void for_each_group(const Layout& layout, F&& range) {
   const int64_t grain = std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(layout.group_elements(), 1));
   torch::stable::parallel_for(0, layout.batch * layout.groups, grain, range);
 }
 
+// Calls body(c, first, last) for the part of [begin, end) that lies in channel c, the channels following one another.
+template <class F>
+FD_INLINE void for_each_channel(int64_t begin, int64_t end, int64_t positions, F&& body) {
+  int64_t c = begin / positions;
+  for (int64_t i = begin; i < end; ++c) {
+    const int64_t last = std::min(end, (c + 1) * positions);
+    body(c, i, last);
+    i = last;
+  }
+}
+
+// A group's elements in tiles: z is made channel by channel, the activation in one loop over all channels, since a channel may be short.
+constexpr int64_t kTile = 1024;
+
 template <bool kSilu, class T>
 void forward_planes(const T* x, T* y, const Layout& layout, const Affine<Acc<T>>& affine, double eps) {
   using A = Acc<T>;
   for_each_group(layout, [&, x, y](int64_t first, int64_t last) {
-    const int64_t positions = layout.positions, width = layout.group_channels(), count = layout.group_elements();
+    const int64_t count = layout.group_elements();
+    alignas(64) A z[kTile];
     for (int64_t i = first; i < last; ++i) {
-      const Standard<A> s = standard<A>(moments(x + i * count, count), eps);
-      const int64_t b = i / layout.groups, channel = i % layout.groups * width;
-      for (int64_t c = 0; c < width; ++c) {
-        const A gain = s.inverse * affine.gain(b, channel + c), offset = affine.offset(b, channel + c), mean = s.mean;
-        const T* in = x + i * count + c * positions;
-        T* out = y + i * count + c * positions;
+      const T* in = x + i * count;
+      T* out = y + i * count;
+      const Standard<A> s = standard<A>(moments(in, count), eps);
+      const A mean = s.mean;
+      const A *gains = affine.gain.data + i * layout.group_channels(), *offsets = affine.offset.data + i * layout.group_channels();
+      for (int64_t begin = 0; begin < count; begin += kTile) {
+        const int64_t end = std::min(begin + kTile, count);
+        for_each_channel(begin, end, layout.positions, [&](int64_t c, int64_t from, int64_t to) {
+          const A gain = s.inverse * gains[c], offset = offsets[c];
 #pragma omp simd
-        for (int64_t l = 0; l < positions; ++l) out[l] = store<T>(activation<kSilu>((load(in[l]) - mean) * gain + offset));
+          for (int64_t l = from; l < to; ++l) z[l - begin] = (load(in[l]) - mean) * gain + offset;
+        });
+#pragma omp simd
+        for (int64_t l = begin; l < end; ++l) out[l] = store<T>(activation<kSilu>(z[l - begin]));
       }
     }
   });
@@ -162,6 +197,36 @@ struct ChannelSums {
   A *plain, *product;
 };
 
+// Writes a group's grad_z, and its channels' sums of grad_z and of grad_z (x - mean).
+template <bool kSilu, class T>
+FD_INLINE void group_sums(
+    const T* grad, const T* x, Acc<T>* grad_z, int64_t count, int64_t positions, Standard<Acc<T>> s, const Acc<T>* gains,
+    const Acc<T>* offsets, ChannelSums<double> sums) {
+  using A = Acc<T>;
+  alignas(64) A z[kTile];
+  for (int64_t begin = 0; begin < count; begin += kTile) {
+    const int64_t end = std::min(begin + kTile, count);
+    for_each_channel(begin, end, positions, [&](int64_t c, int64_t from, int64_t to) {
+      const A gain = s.inverse * gains[c], offset = offsets[c], mean = s.mean;
+#pragma omp simd
+      for (int64_t l = from; l < to; ++l) z[l - begin] = (load(x[l]) - mean) * gain + offset;
+    });
+#pragma omp simd
+    for (int64_t l = begin; l < end; ++l) grad_z[l] = load(grad[l]) * activation_gradient<kSilu>(z[l - begin]);
+    for_each_channel(begin, end, positions, [&](int64_t c, int64_t from, int64_t to) {
+      const A mean = s.mean;
+      A plain = 0, product = 0;
+#pragma omp simd reduction(+ : plain, product)
+      for (int64_t l = from; l < to; ++l) {
+        plain += grad_z[l];
+        product += grad_z[l] * (load(x[l]) - mean);
+      }
+      sums.plain[c] += plain;
+      sums.product[c] += product;
+    });
+  }
+}
+
 template <bool kSilu, class T>
 void backward_planes(
     const T* grad, const T* x, T* grad_x, const Tensor& like, const Layout& layout, const Affine<Acc<T>>& affine, double eps,
@@ -169,47 +234,32 @@ void backward_planes(
   using A = Acc<T>;
   for_each_group(layout, [&, grad, x, grad_x](int64_t first, int64_t last) {
     const int64_t positions = layout.positions, width = layout.group_channels(), count = layout.group_elements();
-    Scratch<A> scratch(like, count);
+    Scratch<A> grad_z(like, count);
+    Scratch<double> channel_sums(like, 2 * width);
+    double *plain = channel_sums.data, *product = plain + width;
     for (int64_t i = first; i < last; ++i) {
-      const Standard<A> s = standard<A>(moments(x + i * count, count), eps);
-      const int64_t b = i / layout.groups, channel = i % layout.groups * width;
-      const A mean = s.mean;
-      double group_sum = 0, group_product = 0;
+      const T* in = x + i * count;
+      const Standard<A> s = standard<A>(moments(in, count), eps);
+      const A *gains = affine.gain.data + i * width, *offsets = affine.offset.data + i * width;
+      std::fill(plain, plain + 2 * width, 0.0);
+      group_sums<kSilu>(grad + i * count, in, grad_z.data, count, positions, s, gains, offsets, {plain, product});
+      double sum = 0, weighted = 0;
       for (int64_t c = 0; c < width; ++c) {
-        const A gain = affine.gain(b, channel + c), slope = s.inverse * gain, offset = affine.offset(b, channel + c);
-        const T *in = x + i * count + c * positions, *up = grad + i * count + c * positions;
-        A* grad_z = scratch.data + c * positions;
-        double plain = 0, product = 0;
-        for (int64_t begin = 0; begin < positions; begin += kRun) {
-          const int64_t end = std::min(begin + kRun, positions);
-          A run_plain = 0, run_product = 0;
-#pragma omp simd reduction(+ : run_plain, run_product)
-          for (int64_t l = begin; l < end; ++l) {
-            const A d = load(in[l]) - mean;
-            const A dz = load(up[l]) * activation_gradient<kSilu>(d * slope + offset);
-            grad_z[l] = dz;
-            run_plain += dz;
-            run_product += dz * d;
-          }
-          plain += run_plain;
-          product += run_product;
-        }
-        product *= s.inverse;
-        sums.plain[b * layout.channels + channel + c] = static_cast<A>(plain);
-        sums.product[b * layout.channels + channel + c] = static_cast<A>(product);
-        group_sum += gain * plain;
-        group_product += gain * product;
+        product[c] *= s.inverse;
+        sums.plain[i * width + c] = static_cast<A>(plain[c]);
+        sums.product[i * width + c] = static_cast<A>(product[c]);
+        sum += gains[c] * plain[c];
+        weighted += gains[c] * product[c];
       }
       if (grad_x == nullptr) continue;
-      const GroupGradient<A> g = group_gradient<A>(group_sum, group_product, double(count), s.inverse);
-      for (int64_t c = 0; c < width; ++c) {
-        const A gain = s.inverse * affine.gain(b, channel + c);
-        const T* in = x + i * count + c * positions;
-        const A* grad_z = scratch.data + c * positions;
-        T* out = grad_x + i * count + c * positions;
+      const GroupGradient<A> g = group_gradient<A>(sum, weighted, double(count), s.inverse);
+      for_each_channel(0, count, positions, [&](int64_t c, int64_t from, int64_t to) {
+        const A gain = s.inverse * gains[c], mean = s.mean;
+        const A* dz = grad_z.data;
+        T* out = grad_x + i * count;
 #pragma omp simd
-        for (int64_t l = 0; l < positions; ++l) out[l] = store<T>(grad_z[l] * gain + ((load(in[l]) - mean) * g.slope + g.constant));
-      }
+        for (int64_t l = from; l < to; ++l) out[l] = store<T>(dz[l] * gain + ((load(in[l]) - mean) * g.slope + g.constant));
+      });
     }
   });
 }
@@ -233,16 +283,13 @@ struct Pieces {
   }
 };
 
-// What turns x into z, for each channel of each sample: z = (x - mean) * gain + offset. Arrays [B, C].
+// What turns x into z beside the affine's offset: z = (x - mean) * gain + offset. Arrays [B, C]; inverse [B, groups].
 template <class A>
 struct Coefficients {
-  Scratch<A> mean, gain, offset, inverse;
+  Scratch<A> mean, gain, inverse;
 
   Coefficients(const Tensor& like, const Layout& layout)
-      : mean(like, layout.batch * layout.channels),
-        gain(like, layout.batch * layout.channels),
-        offset(like, layout.batch * layout.channels),
-        inverse(like, layout.batch * layout.groups) {}
+      : mean(like, layout.batch * layout.channels), gain(like, layout.batch * layout.channels), inverse(like, layout.batch * layout.groups) {}
 };
 
 // A piece's moments for each group, with room for two values a channel.
@@ -297,8 +344,7 @@ Coefficients<Acc<T>> row_coefficients(
       for (int64_t c = g * width; c < (g + 1) * width; ++c) {
         const int64_t at = b * layout.channels + c;
         result.mean.data[at] = s.mean;
-        result.gain.data[at] = s.inverse * affine.gain(b, c);
-        result.offset.data[at] = affine.offset(b, c);
+        result.gain.data[at] = s.inverse * affine.gain.data[at];
       }
     }
   }
@@ -313,7 +359,7 @@ void forward_rows(const Tensor& input, T* y, const Layout& layout, const Affine<
   const Coefficients<A> k = row_coefficients<T>(input, layout, pieces, affine, eps);
   pieces.for_each(layout, [&, x, y](int64_t b, int64_t, int64_t first, int64_t rows) {
     const int64_t channels = layout.channels;
-    const A *mean = k.mean.data + b * channels, *gain = k.gain.data + b * channels, *offset = k.offset.data + b * channels;
+    const A *mean = k.mean.data + b * channels, *gain = k.gain.data + b * channels, *offset = affine.offset.data + b * channels;
     for (int64_t r = first; r < first + rows; ++r) {
       const T* in = x + b * layout.sample_elements() + r * channels;
       T* out = y + b * layout.sample_elements() + r * channels;
@@ -326,11 +372,12 @@ void forward_rows(const Tensor& input, T* y, const Layout& layout, const Affine<
 // Writes grad_z and each piece's sums over its rows of grad_z and of grad_z (x - mean), [B, pieces, 2, C].
 template <bool kSilu, class T>
 void row_sums(
-    const T* grad, const T* x, Acc<T>* grad_z, const Layout& layout, const Pieces& pieces, const Coefficients<Acc<T>>& k, Acc<T>* partial) {
+    const T* grad, const T* x, Acc<T>* grad_z, const Layout& layout, const Pieces& pieces, const Affine<Acc<T>>& affine,
+    const Coefficients<Acc<T>>& k, Acc<T>* partial) {
   using A = Acc<T>;
   pieces.for_each(layout, [&, grad, x, grad_z](int64_t b, int64_t piece, int64_t first, int64_t rows) {
     const int64_t channels = layout.channels;
-    const A *mean = k.mean.data + b * channels, *gain = k.gain.data + b * channels, *offset = k.offset.data + b * channels;
+    const A *mean = k.mean.data + b * channels, *gain = k.gain.data + b * channels, *offset = affine.offset.data + b * channels;
     A *plain = partial + (b * pieces.count + piece) * 2 * channels, *product = plain + channels;
     std::fill(plain, plain + 2 * channels, A(0));
     for (int64_t r = first; r < first + rows; ++r) {
@@ -358,7 +405,7 @@ void backward_rows(
   const Coefficients<A> k = row_coefficients<T>(input, layout, pieces, affine, eps);
   const int64_t channels = layout.channels, width = layout.group_channels();
   Scratch<A> grad_z(input, layout.batch * layout.sample_elements()), partial(input, layout.batch * pieces.count * 2 * channels);
-  row_sums<kSilu>(grad, x, grad_z.data, layout, pieces, k, partial.data);
+  row_sums<kSilu>(grad, x, grad_z.data, layout, pieces, affine, k, partial.data);
 
   Scratch<A> slopes(input, layout.batch * channels), constants(input, layout.batch * channels);
   for (int64_t b = 0; b < layout.batch; ++b) {
@@ -375,8 +422,8 @@ void backward_rows(
         product *= inverse;
         sums.plain[b * channels + c] = static_cast<A>(plain);
         sums.product[b * channels + c] = static_cast<A>(product);
-        group_sum += affine.gain(b, c) * plain;
-        group_product += affine.gain(b, c) * product;
+        group_sum += affine.gain.data[b * channels + c] * plain;
+        group_product += affine.gain.data[b * channels + c] * product;
       }
       const GroupGradient<A> gradient = group_gradient<A>(group_sum, group_product, double(layout.group_elements()), inverse);
       std::fill(slopes.data + b * channels + g * width, slopes.data + b * channels + (g + 1) * width, gradient.slope);
@@ -415,7 +462,7 @@ Tensor group_norm_silu(
   Tensor out = layout.empty(x);
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Affine<Acc<T>> affine(weight, bias, scale, shift);
+    const Affine<Acc<T>> affine(x, layout, weight, bias, scale, shift);
     with_activation(activation, [&](auto silu) {
       if (layout.rows) {
         forward_rows<silu()>(input, write<T>(out), layout, affine, eps);
@@ -468,7 +515,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    const Affine<A> affine(weight, bias, scale, shift);
+    const Affine<A> affine(x, layout, weight, bias, scale, shift);
     T* out = needs[0] ? write<T>(grad_x) : nullptr;
     Scratch<A> plain(x, layout.batch * layout.channels), product(x, layout.batch * layout.channels);
     with_activation(activation, [&](auto silu) {
