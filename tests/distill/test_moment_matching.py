@@ -38,7 +38,7 @@ def test_limits_of_the_fixed_point(c, sigma_t):
 @pytest.mark.parametrize("levels", [(1.0, 3.0, 0.5), (0.5, 0.8, 0.6), (0.7, 5.0, 1.0), (2.0, 1.0, 0.3)])
 def test_losses_vanish_in_gradient_exactly_at_the_fixed_point(levels):
     c, sigma_t, sigma_s = levels
-    count = 400_000
+    count = 200_000
     rng = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(count, 1, dtype=torch.float64, generator=rng) for _ in range(2))
     noisy = c * clean + sigma_t * noise
@@ -66,9 +66,9 @@ def test_losses_vanish_in_gradient_exactly_at_the_fixed_point(levels):
 def test_training_reaches_the_fixed_point(linear_denoiser, levels, shared_batch, monkeypatch):
     c, sigma_t, sigma_s = levels
     kappa = c**2 / (c**2 + sigma_s**2)
-    steps = 200 if shared_batch else 400
+    steps = 120 if shared_batch else 240
     distiller = MomentMatchingDistiller(
-        linear_denoiser(kappa), num_steps=2, learning_rate=LearningRate(0.03, "linear", steps), shared_batch=shared_batch
+        linear_denoiser(kappa), num_steps=2, learning_rate=LearningRate(0.05, "linear", steps), shared_batch=shared_batch
     )
     monkeypatch.setattr(distiller, "_draw_levels", lambda count: (torch.full((count,), sigma_s), torch.full((count,), sigma_t)))
     expected = fixed_point(*levels)
@@ -82,10 +82,10 @@ def test_training_reaches_the_fixed_point(linear_denoiser, levels, shared_batch,
 
 def test_a_gaussian_student_keeps_the_data_law_over_its_steps(gaussian_denoiser):
     teacher = gaussian_denoiser(0.6, 0.5)
-    distiller = MomentMatchingDistiller(teacher, num_steps=4, learning_rate=LearningRate(0.02, "linear", 400), shared_batch=True)
+    distiller = MomentMatchingDistiller(teacher, num_steps=4, learning_rate=LearningRate(0.03, "linear", 200), shared_batch=True)
     rng = torch.Generator().manual_seed(0)
     before = MomentMatchingDistiller(teacher, num_steps=4, sample_shape=(1,)).sample(20_000)
-    for _ in range(400):
+    for _ in range(200):
         distiller.step(0.6 + 0.5 * torch.randn(1024, 1, dtype=torch.float64, generator=rng))
     samples = distiller.sample(20_000)
     assert samples.mean().item() == pytest.approx(0.6, abs=0.08)

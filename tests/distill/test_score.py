@@ -37,7 +37,7 @@ def test_lcss_value_and_minimiser_for_a_linear_score(c, sigma, d, gamma, k):
 
 def test_lcss_printed_oracle():
     c, sigma, d = 1.3, 0.6, 4
-    noisy = ops.lcss_perturb(gaussian_data(400_000, d, c), sigma, 5)
+    noisy = ops.lcss_perturb(gaussian_data(200_000, d, c), sigma, 5)
     k = 1 / (c**2 + sigma**2)
     assert k == pytest.approx(0.487805, abs=1e-6)
     assert ops.lcss_loss(-k * noisy, 5, sigma).mean().item() == pytest.approx(-0.975610, rel=0.02)
@@ -94,13 +94,13 @@ def test_gamma_other_than_one_is_not_dsm(tiny_denoiser):
 
 
 def test_antithetic_pairs_lower_the_variance_and_keep_the_mean(linear_score_denoiser):
-    denoiser, clean = linear_score_denoiser(1.2), gaussian_data(200_000, 2, 0.8)
+    denoiser, clean = linear_score_denoiser(1.2), gaussian_data(50_000, 2, 0.8)
     losses = {}
     for antithetic in (False, True):
         trainer = ScoreTrainer(denoiser, loss="lcss", local_ratio=0.2, antithetic=antithetic, seed=1)
-        losses[antithetic] = trainer.lcss_losses(clean, torch.full((200_000,), 0.5), 3, {}).detach()
+        losses[antithetic] = trainer.lcss_losses(clean, torch.full((50_000,), 0.5), 3, {}).detach()
     assert losses[True].var() < 0.25 * losses[False].var()
-    spread = (losses[False].var() / 200_000).sqrt().item()
+    spread = (losses[False].var() / 50_000).sqrt().item()
     assert losses[True].mean().item() == pytest.approx(losses[False].mean().item(), abs=5 * spread)
 
 
@@ -109,9 +109,9 @@ def test_antithetic_pairs_lower_the_variance_and_keep_the_mean(linear_score_deno
 )
 def test_training_finds_the_gaussian(gaussian_denoiser, options):
     denoiser = gaussian_denoiser(0.0, 1.0)
-    trainer = ScoreTrainer(denoiser, learning_rate=LearningRate(0.05, "cosine", 300), clip=1.0, ema_decay=0.9, **options)
+    trainer = ScoreTrainer(denoiser, learning_rate=LearningRate(0.05, "cosine", 200), clip=1.0, ema_decay=0.9, **options)
     rng = torch.Generator().manual_seed(0)
-    for _ in range(300):
+    for _ in range(200):
         trainer.step(0.7 + 0.4 * torch.randn(512, 1, dtype=torch.float64, generator=rng))
     assert trainer.generator.mean.item() == pytest.approx(0.7, abs=0.05)
     assert trainer.generator.std.abs().item() == pytest.approx(0.4, abs=0.05)

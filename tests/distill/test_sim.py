@@ -124,9 +124,9 @@ def test_generator_step_leaves_fake_and_teacher_without_gradients(tiny_denoiser)
 
 @pytest.mark.parametrize("options", [{}, {"distance": "l2"}, {"c": 0.1}, {"generator_law": KarrasUniform(u_max=0.6)}, {"fake_steps": 2}])
 def test_a_gaussian_generator_reaches_the_teacher(gaussian_denoiser, options):
-    distiller = SIMDistiller(gaussian_denoiser(0.0, 1.0), sample_shape=(1,), learning_rate=LearningRate(0.05, "linear", 300), **options)
+    distiller = SIMDistiller(gaussian_denoiser(0.0, 1.0), sample_shape=(1,), learning_rate=LearningRate(0.05, "linear", 200), **options)
     distiller.teacher.load_state_dict(gaussian_denoiser(0.6, 0.5).state_dict())
-    for _ in range(300):
+    for _ in range(200):
         metrics = distiller.step(256)
     samples = distiller.sample(20_000)
     assert samples.mean().item() == pytest.approx(0.6, abs=0.06)
