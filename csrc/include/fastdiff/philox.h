@@ -9,6 +9,10 @@
 
 namespace fastdiff::FASTDIFF_VARIANT {
 
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxStep0 = 0x9E3779B9u, kPhiloxStep1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
 enum class Stream : uint32_t { lcss = 0, posterior = 1 };
 
 struct Words {
@@ -18,14 +22,14 @@ struct Words {
 FD_INLINE Words philox(uint64_t seed, Stream stream, uint64_t sample, uint32_t block) {
   uint32_t c0 = block, c1 = static_cast<uint32_t>(stream), c2 = static_cast<uint32_t>(sample), c3 = static_cast<uint32_t>(sample >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * c0, p1 = uint64_t{kPhiloxMultiplier1} * c2;
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
     c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
     c1 = static_cast<uint32_t>(p1);
     c3 = static_cast<uint32_t>(p0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kPhiloxStep0;
+    k1 += kPhiloxStep1;
   }
   return {c0, c1, c2, c3};
 }
