@@ -22,6 +22,13 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Functions that differ only in what they close over share their code, and with it the compiler's limit of recompilations."""
+    yield
+    torch._dynamo.reset()
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

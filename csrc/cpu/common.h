@@ -155,17 +155,25 @@ void reduce_samples(const Samples& samples, F&& body, G&& finish) {
   }
 }
 
-// Sum of term(i) over [begin, end): in A over runs that fit the registers, in double over the runs.
+// Sum of term(i) over [begin, end): in A over runs, in double over the runs. The lanes are the same for every instruction set, and many
+// enough for each to add few terms, which keeps the error near that of a pairwise sum.
 template <class A, class F>
 FD_INLINE double sum(int64_t begin, int64_t end, F&& term) {
-  constexpr int64_t run = 1024;
+  constexpr int64_t run = 1024, lanes = 128 / sizeof(A);
   double total = 0;
   for (int64_t i = begin; i < end; i += run) {
-    const int64_t stop = i + run < end ? i + run : end;
-    A part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t j = i; j < stop; ++j) part += term(j);
-    total += part;
+    const int64_t stop = i + run < end ? i + run : end, whole = i + (stop - i) / lanes * lanes;
+    A part[lanes] = {};
+    for (int64_t j = i; j < whole; j += lanes) {
+#pragma omp simd
+      for (int64_t k = 0; k < lanes; ++k) part[k] += term(j + k);
+    }
+    for (int64_t j = whole; j < stop; ++j) part[j - whole] += term(j);
+    for (int64_t width = lanes / 2; width > 0; width /= 2) {
+#pragma omp simd
+      for (int64_t k = 0; k < width; ++k) part[k] += part[k + width];
+    }
+    total += part[0];
   }
   return total;
 }
