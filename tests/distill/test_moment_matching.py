@@ -128,6 +128,20 @@ def test_turns_alternate(tiny_denoiser):
         assert ("auxiliary_loss" in metrics) == (mover == "auxiliary")
 
 
+def test_posterior_noise_is_fresh_in_every_step(linear_denoiser, monkeypatch):
+    distiller = MomentMatchingDistiller(linear_denoiser(0.0), num_steps=2, learning_rate=1e-9)
+    monkeypatch.setattr(distiller, "_draw_levels", lambda count: (torch.full((count,), 0.5), torch.full((count,), 1.0)))
+    monkeypatch.setattr(distiller, "_randn", lambda shape: torch.zeros(shape, dtype=torch.float64))
+    seen = []
+    distiller.teacher.register_forward_hook(lambda _, args, output: seen.append(args[0]))
+    for _ in range(3):
+        distiller.step(torch.zeros(100, 2, dtype=torch.float64))
+    # with x~ and z_t zero, z_s is the posterior's noise alone: standard deviation sigma_s sqrt(1 - r)
+    assert torch.cat(seen).std().item() == pytest.approx(0.5 * 0.75**0.5, rel=0.1)
+    correlations = torch.corrcoef(torch.stack([z.flatten() for z in seen])) - torch.eye(3)
+    assert correlations.abs().max() < 0.3
+
+
 def test_auxiliary_that_is_the_teacher_gives_the_student_no_gradient(tiny_denoiser):
     distiller = MomentMatchingDistiller(tiny_denoiser(), num_steps=2)
     distiller.steps_done = 1

@@ -199,3 +199,12 @@ def test_learned_positions_fit_one_size():
 def test_bad_sizes(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["dit", "dit_rope", "dit_learned"])
+def test_patches_are_row_major_squares_and_reassemble(name):
+    network, (x, _, _) = NETWORKS[name](), inputs()
+    side = network.patch_size
+    patches = network._patches(x, 8 // side, 12 // side)
+    torch.testing.assert_close(patches, torch.nn.functional.unfold(x, side, stride=side).transpose(1, 2))
+    assert torch.equal(network._image(patches, 8 // side, 12 // side), x)
