@@ -1,7 +1,7 @@
 """The public functions, one module a family."""
 
-from ..reference.attention import attention
 from ..reference.rotary import qk_norm_rope
+from .attention import attention
 from .distillation import moment_matching_auxiliary_loss, moment_matching_loss, sim_loss
 from .group_norm import group_norm_silu
 from .modulate import gate_residual, gate_residual_norm_modulate, layer_norm_modulate, rms_norm_modulate

@@ -1,0 +1,76 @@
+"""Softmax attention over whole sequences (Vaswani et al., arXiv 1706.03762), with keys that may end early."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch  # noqa: F401  (registers the ops)
+from ._checks import check_device, check_tensor
+
+_attention = torch.ops.fastdiff.attention.default
+
+MAX_HEAD_DIM = 256
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, key_lengths: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T) v for each head, without a causal mask.
+
+    Args:
+        q: [B, N, H, D], float32, bfloat16, float16 or float64, any strides (the parts of one packed projection are read in place);
+            D from 1 to 256, any value.
+        k, v: [B, M, H, D], q's dtype, any strides.
+        scale: finite; None means 1 / sqrt(D).
+        key_lengths: [B], int32 or int64. Sample b attends to its first key_lengths[b] keys alone, the number clamped to [0, M]; what
+            stands behind them, NaN included, has no influence and gets a gradient of zero. A sample without keys returns zeros.
+
+    Returns:
+        [B, N, H, D] contiguous, q's dtype. Differentiable in q, k and v.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    op = "attention"
+    check_tensor(op, "q", q, dims=4)
+    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: q must have a head dimension from 1 to {MAX_HEAD_DIM}; got shape {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        _check_keys(op, name, x, q)
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"{op}: v must have as many rows as k, {k.shape[1]}; got shape {tuple(v.shape)}")
+    if key_lengths is not None:
+        _check_lengths(op, key_lengths, q)
+    return _attention(q, k, v, _check_scale(op, scale, q.shape[3]), key_lengths)
+
+
+def _check_keys(op: str, name: str, x: Tensor, q: Tensor) -> None:
+    check_tensor(op, name, x, dims=4)
+    if (x.shape[0], *x.shape[2:]) != (q.shape[0], *q.shape[2:]):
+        raise ValueError(
+            f"{op}: {name} must have shape ({q.shape[0]}, M, {q.shape[2]}, {q.shape[3]}), as q has {tuple(q.shape)}; got {tuple(x.shape)}"
+        )
+    if x.dtype != q.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}; got {x.dtype}")
+    check_device(op, name, x, "q", q)
+
+
+def _check_lengths(op: str, key_lengths: Tensor, q: Tensor) -> None:
+    if not isinstance(key_lengths, Tensor):
+        raise TypeError(f"{op}: key_lengths must be a tensor; got {type(key_lengths).__name__}")
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: key_lengths must be int32 or int64; got {key_lengths.dtype}")
+    if key_lengths.shape != q.shape[:1]:
+        raise ValueError(f"{op}: key_lengths must have shape ({q.shape[0]},); got {tuple(key_lengths.shape)}")
+    check_device(op, "key_lengths", key_lengths, "q", q)
+
+
+def _check_scale(op: str, scale: float | None, width: int) -> float:
+    if scale is None:
+        return width**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale must be a number or None; got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be finite; got {scale}")
+    return float(scale)
