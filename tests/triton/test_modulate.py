@@ -1,0 +1,145 @@
+"""Triton kernels of the modulation family against their definitions, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdiff_kernels.reference import modulate as definition
+from fastdiff_kernels.triton import modulate
+from tests.helpers import assert_bitwise, assert_within_eager, outputs_of
+from tests.triton.running import compile_launches, run_interpreted
+
+EPS = 1e-5
+DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float64, torch.float64))
+MODULATIONS = {"C": (2,), "BC": (0, 2), "B1C": (0, None, 2), "BNC": (0, 1, 2)}
+
+
+def modulation(kind, shape, dtype, device):
+    return torch.randn([1 if i is None else shape[i] for i in MODULATIONS[kind]], device=device).to(dtype)
+
+
+def calls_of(shape, kinds, dtype, modulation_dtype, device):
+    """Arguments of one call of every op: modulation of the kinds named, beside a weight and beside none."""
+    x, branch = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    gate, shift, scale = (modulation(kind, shape, modulation_dtype, device) for kind in kinds)
+    weight = torch.randn(shape[2], device=device).to(modulation_dtype)
+    return [
+        ("layer_norm_modulate", (x, shift, scale, EPS)),
+        ("rms_norm_modulate", (x, weight, shift, scale, EPS)),
+        ("rms_norm_modulate", (x, None, None, scale, EPS)),
+        ("rms_norm_modulate", (x, None, None, None, EPS)),
+        ("gate_residual", (x, branch, gate)),
+        ("gate_residual_norm_modulate", (x, branch, gate, shift, scale, "layer", EPS)),
+        ("gate_residual_norm_modulate", (x, branch, gate, shift, scale, "rms", EPS)),
+    ]
+
+
+def tensors_of(args):
+    return [a for a in args if isinstance(a, torch.Tensor)]
+
+
+def defined(name, args, upstream, dtype):
+    """Outputs and gradients of the definition, with everything in dtype or, for None, as it is."""
+    leaves = [a.detach().to(dtype or a.dtype).requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    outputs = outputs_of(getattr(definition, name)(*leaves))
+    grads = torch.autograd.grad(outputs, tensors_of(leaves), [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
+    return [*(o.detach() for o in outputs), *grads]
+
+
+def differentiable(args):
+    """The arguments that have a gradient, absent ones included."""
+    return [a for a in args if a is None or isinstance(a, torch.Tensor)]
+
+
+def launched(name, args, upstream):
+    """Outputs and gradients of the kernels."""
+    outputs = outputs_of(getattr(modulate, name)(*args))
+    needs = [a is not None for a in differentiable(args)]
+    grads = getattr(modulate, f"{name}_backward")(*upstream, *args, needs)
+    assert all(g.numel() == 0 for g, need in zip(grads, needs, strict=True) if not need)
+    return [*outputs, *(g for g, need in zip(grads, needs, strict=True) if need)]
+
+
+def upstream_of(name, x):
+    return [torch.randn(x.shape, device=x.device).to(x.dtype) for _ in range(2 if name == "gate_residual_norm_modulate" else 1)]
+
+
+@pytest.mark.executes
+@pytest.mark.parametrize(
+    ("shape", "kinds", "dtypes"),
+    [
+        ((2, 19, 40), ("BC", "BC", "BC"), DTYPES[0]),
+        ((2, 3, 24), ("BNC", "B1C", "BNC"), DTYPES[1]),
+        ((1, 9, 65), ("C", "BNC", "C"), DTYPES[2]),
+        ((3, 1, 8), ("B1C", "C", "BC"), DTYPES[3]),
+        ((2, 2, 1), ("BC", "BC", "C"), DTYPES[0]),
+    ],
+)
+def test_as_accurate_as_the_definition(shape, kinds, dtypes, device):
+    for name, args in calls_of(shape, kinds, *dtypes, device):
+        upstream = upstream_of(name, args[0])
+        results = launched(name, args, upstream), defined(name, args, upstream, None), defined(name, args, upstream, torch.float64)
+        for actual, eager, truth in zip(*results, strict=True):
+            assert actual.dtype == eager.dtype
+            assert_within_eager(actual, eager, truth, factor=4.0)
+
+
+@pytest.mark.executes
+def test_reads_strided_operands_in_place(device):
+    wide = torch.randn(2, 5, 3 * 16, device=device)
+    x, branch = wide.chunk(3, dim=2)[1:]
+    gate, shift, scale = torch.randn(2, 6 * 16, device=device).chunk(6, dim=1)[2:5]
+    args = (x, branch, gate, shift, scale, "layer", EPS)
+    contiguous = tuple(a.contiguous() if isinstance(a, torch.Tensor) else a for a in args)
+    upstream = upstream_of("gate_residual_norm_modulate", x)
+    expected = launched("gate_residual_norm_modulate", contiguous, upstream)
+    assert_bitwise(launched("gate_residual_norm_modulate", args, upstream), expected)
+    transposed = (x.transpose(1, 2).contiguous().transpose(1, 2), *args[1:3], shift.t().contiguous().t(), *args[4:])
+    assert_bitwise(launched("gate_residual_norm_modulate", transposed, upstream), expected)
+
+
+@pytest.mark.executes
+def test_a_samples_result_does_not_depend_on_its_batch(device):
+    for name, args in calls_of((3, 10, 24), ("BC", "B1C", "BNC"), torch.float32, torch.float32, device)[4:6]:
+        upstream = upstream_of(name, args[0])
+        part = [slice(1, 2) if isinstance(a, torch.Tensor) and a.shape[0] == 3 else None for a in args]
+        alone = launched(name, [a if s is None else a[s] for a, s in zip(args, part, strict=True)], [u[1:2] for u in upstream])
+        for one, all_three in zip(alone, launched(name, args, upstream), strict=True):
+            if all_three.shape[0] == 3:
+                assert_bitwise(one, all_three[1:2])
+
+
+@pytest.mark.executes
+def test_long_sums_are_added_in_stages(device, monkeypatch):
+    monkeypatch.setattr(modulate, "_CHUNK", 2)
+    for name, args in calls_of((3, 35, 8), ("BC", "C", "B1C"), torch.float32, torch.float32, device)[:2]:
+        upstream = upstream_of(name, args[0])
+        results = launched(name, args, upstream), defined(name, args, upstream, None), defined(name, args, upstream, torch.float64)
+        for actual, eager, truth in zip(*results, strict=True):
+            assert_within_eager(actual, eager, truth, factor=4.0)
+
+
+@pytest.mark.executes
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])
+def test_no_rows(shape, device):
+    for name, args in calls_of(shape, ("BC", "C", "B1C"), torch.float32, torch.float32, device):
+        for result in launched(name, args, upstream_of(name, args[0])):
+            assert not result.any()
+
+
+def test_in_the_interpreter():
+    run_interpreted(__file__)
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1152, torch.bfloat16), (4096, torch.float32), (72, torch.float16)])
+def test_compiles_without_spilling(channels, dtype, monkeypatch):
+    calls = calls_of((1, 16, channels), ("BC", "BC", "BC"), dtype, torch.float32, "cpu")
+    picked = {1152: (0,), 4096: (5,), 72: (1, 4)}[channels]
+
+    def launch_all():
+        for name, args in (calls[i] for i in picked):
+            launched(name, args, upstream_of(name, args[0]))
+
+    for binary in compile_launches(launch_all, monkeypatch):
+        assert binary.stack == 0, binary
