@@ -12,6 +12,7 @@ from torch import Tensor
 SIGMA_DATA = 0.5
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 MIN_IMAGES = 64
+MIN_PER_CLASS = 3
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def load_folder(folder: str | Path, size: int = 16) -> ImageData:
     """Every image below ``folder``, cropped to its central square and resized to ``size`` x ``size``.
 
     Sub-folders are the classes; without any, all images are one class. Grey pictures become one channel.
-    Raises ValueError if there are fewer than 64 images, or a class with fewer than two, or images beside class folders.
+    Raises ValueError if there are fewer than 64 images, or a class with fewer than three, or images beside class folders.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -90,26 +91,38 @@ def load_folder(folder: str | Path, size: int = 16) -> ImageData:
     class_names = tuple(used) or (folder.resolve().name,)
     labels = torch.tensor([used.index(t) if used else 0 for t in top])
     counts = labels.bincount(minlength=len(class_names))
-    if int(counts.min()) < 2:
-        raise ValueError(f"data: class '{class_names[int(counts.argmin())]}' has {int(counts.min())} images; expected at least 2")
+    fewest = int(counts.min())
+    if fewest < MIN_PER_CLASS:
+        name = class_names[int(counts.argmin())]
+        raise ValueError(f"data: class '{name}' has {fewest} images; expected at least {MIN_PER_CLASS}")
     pixels = torch.stack([_pixels(p, size) for p in paths])  # [N, 3, size, size]
     if bool((pixels == pixels[:, :1]).all()):
         pixels = pixels[:, :1].contiguous()
     return _standardise(folder.resolve().name, pixels, labels, class_names)
 
 
-def stratified_halves(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Two disjoint index sets with the same number of samples of every class, each sorted by class.
+@dataclass(frozen=True)
+class Split:
+    """Indices into the data, each part sorted by class.
 
-    Of a class with an odd count one random sample stays out: Fréchet distances depend on n and on the label counts,
-    so everything that is compared has exactly these.
+    ``train`` is what networks learn from, ``held_out`` what samples are judged against, and ``matched`` a part of ``train`` with as many
+    images of every class as ``held_out``: Fréchet distances depend on n and on the label counts, so all that is compared has exactly these.
     """
+
+    train: Tensor
+    matched: Tensor
+    held_out: Tensor
+
+
+def stratified_split(labels: Tensor, seed: int, held_out_share: float = 1 / 3) -> Split:
+    """A random third (rounded down) of every class is held out."""
     generator = torch.Generator().manual_seed(seed)
-    first, second = [], []
+    train, matched, held_out = [], [], []
     for label in range(int(labels.max()) + 1):
         members = (labels == label).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
-        half = len(members) // 2
-        first.append(members[:half])
-        second.append(members[half : 2 * half])
-    return torch.cat(first), torch.cat(second)
+        count = int(len(members) * held_out_share)
+        held_out.append(members[:count])
+        matched.append(members[count : 2 * count])
+        train.append(members[count:])
+    return Split(torch.cat(train), torch.cat(matched), torch.cat(held_out))

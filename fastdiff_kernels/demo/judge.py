@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import ImageData, stratified_halves
+from .data import ImageData, Split, stratified_split
 from .features import FeatureExtractor, frechet_distance, train_feature_extractor
 
 
@@ -33,20 +33,24 @@ class Judge:
 
     def __init__(self, data: ImageData, *, seed: int, feature_epochs: int, sets: int, floor_splits: int) -> None:
         self.data, self.seed = data, seed
-        self.train_index, self.held_out_index = stratified_halves(data.labels, seed)
-        self.images, self.train_labels = data.images[self.train_index], data.labels[self.train_index]
-        self.labels = data.labels[self.held_out_index]
+        split = stratified_split(data.labels, seed)
+        self.held_out_index = split.held_out
+        self.images, self.train_labels = data.images[split.train], data.labels[split.train]
+        self.labels = data.labels[split.held_out]
         self.sets = sets
         self.extractor: FeatureExtractor = train_feature_extractor(
             self.images, self.train_labels, data.num_classes, epochs=feature_epochs, seed=seed
         )
         features = self.extractor.features(data.images)
-        self.held_out_features = features[self.held_out_index.numpy()]
-        self.floor = frechet_distance(features[self.train_index.numpy()], self.held_out_features)
-        splits = [stratified_halves(data.labels, seed + 1 + i) for i in range(floor_splits)]
-        self.floor_over_splits = [frechet_distance(features[a.numpy()], features[b.numpy()]) for a, b in splits]
+        self.held_out_features = features[split.held_out.numpy()]
+        self.floor = self._floor(features, split)
+        self.floor_over_splits = [self._floor(features, stratified_split(data.labels, seed + 1 + i)) for i in range(floor_splits)]
         held_out_images = data.images[self.held_out_index]
         self.accuracy = self.extractor.accuracy(held_out_images, self.labels)
+
+    @staticmethod
+    def _floor(features: np.ndarray, split: Split) -> float:
+        return frechet_distance(features[split.matched.numpy()], features[split.held_out.numpy()])
 
     def noise(self, index: int) -> Tensor:
         """Standard normals of sample set `index`, [n, C, H, W]: the same for every row."""

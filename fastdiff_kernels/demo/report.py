@@ -129,10 +129,10 @@ def _sections(metrics: dict, captions: dict[str, tuple[str, str]], out: Path) ->
     settings, held_out, schedule = metrics["settings"], metrics["held_out"], metrics["schedule"]
     accuracy, count = held_out["feature_extractor_held_out_accuracy"], held_out["samples_per_set"]
     judged = (
-        f"Fréchet distance on {metrics['num_features']} features of a small classifier, trained on the training half alone "
+        f"Fréchet distance on {metrics['num_features']} features of a small classifier, trained on the training images alone "
         f"(held-out accuracy {accuracy:.3f}), against {count} held-out images. Every row is the mean over {held_out['sets']} "
-        "sample sets, each with the same number of images and the same labels as the held-out half. The floor is the distance of the "
-        f"training images. Times are of the whole sampler on this CPU, per sample, in a batch of {count}."
+        "sample sets, each with the same number of images and the same labels as the held-out images. The floor is the distance of "
+        f"that many training images. Times are of the whole sampler on this CPU, per sample, in a batch of {count}."
     )
     skipping = (
         f"{settings['skip_steps']} {settings['skip_solver']} steps; PSNR is against the trajectory that computes every step. Beside each "

@@ -45,10 +45,10 @@ class Settings:
     skip_solver: str = "euler"
     skip_threshold: float = 0.02
     skip_max: int = 4
-    sim: Training = Training(steps=800, batch_size=64, learning_rate=3e-4, ema_decay=0.99)
+    sim: Training = Training(steps=300, batch_size=64, learning_rate=3e-4, ema_decay=0.99, decay="linear", warmup_steps=0)
     sim_sigma_init: float = 2.5
-    sim_c: float = 1e-3
-    moment_matching: Training = Training(steps=300, batch_size=64, learning_rate=3e-4, ema_decay=0.99)
+    sim_c: float = 0.1
+    moment_matching: Training = Training(steps=300, batch_size=64, learning_rate=3e-4, ema_decay=0.99, decay="linear", warmup_steps=0)
     moment_matching_steps: tuple[int, ...] = (8, 4, 2, 1)
     feature_epochs: int = 30
     frechet_sets: int = 2

@@ -258,7 +258,6 @@ def distil_moment_matching(bench: Bench, steps: int) -> Stage:
         bench.networks["teacher"],
         num_steps=steps,
         learning_rate=learning_rate(training),
-        shared_batch=True,
         sigma_min=settings.sigma_min,
         sigma_max=settings.sigma_max,
         ema_decay=training.ema_decay,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff_kernels.demo.data import load_digits, load_folder, stratified_halves
+from fastdiff_kernels.demo.data import load_digits, load_folder, stratified_split
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +39,18 @@ def test_pixels_come_back(digits):
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_halves_have_equal_label_counts_and_share_nothing(digits, seed):
-    first, second = stratified_halves(digits.labels, seed)
-    assert torch.equal(digits.labels[first].bincount(), digits.labels[second].bincount())
-    assert not set(first.tolist()) & set(second.tolist())
-    assert len(first) >= 890
-    again, _ = stratified_halves(digits.labels, seed)
-    assert torch.equal(first, again)
+def test_a_third_of_every_class_is_held_out_and_matched_in_the_training_part(digits, seed):
+    split = stratified_split(digits.labels, seed)
+    counts = digits.labels.bincount()
+    assert torch.equal(digits.labels[split.held_out].bincount(), counts // 3)
+    assert torch.equal(digits.labels[split.matched].bincount(), counts // 3)
+    assert sorted(torch.cat((split.train, split.held_out)).tolist()) == list(range(1797))
+    assert set(split.matched.tolist()) <= set(split.train.tolist())
+    assert torch.equal(split.train, stratified_split(digits.labels, seed).train)
 
 
 def test_another_seed_splits_otherwise(digits):
-    assert not torch.equal(stratified_halves(digits.labels, 0)[0], stratified_halves(digits.labels, 1)[0])
+    assert not torch.equal(stratified_split(digits.labels, 0).held_out, stratified_split(digits.labels, 1).held_out)
 
 
 def test_subfolders_are_classes(tmp_path):
@@ -85,8 +86,8 @@ def test_bad_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="40 images beside them"):
         load_folder(tmp_path / "mixed")
     make_folder(tmp_path / "lonely", ["a"], each=70)
-    make_folder(tmp_path / "lonely", ["b"], each=1)
-    with pytest.raises(ValueError, match="class 'b' has 1 images"):
+    make_folder(tmp_path / "lonely", ["b"], each=2)
+    with pytest.raises(ValueError, match="class 'b' has 2 images"):
         load_folder(tmp_path / "lonely")
     with pytest.raises(ValueError, match="size: got 10"):
         load_folder(tmp_path / "mixed", size=10)

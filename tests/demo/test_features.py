@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from fastdiff_kernels.demo.data import load_digits, stratified_halves
+from fastdiff_kernels.demo.data import load_digits, stratified_split
 from fastdiff_kernels.demo.features import NUM_FEATURES, frechet_distance, train_feature_extractor
 
 
@@ -51,7 +51,8 @@ def test_bad_input_is_refused():
 
 def test_the_extractor_is_fixed_by_its_seed_and_recognises_held_out_digits():
     data = load_digits()
-    train, held_out = stratified_halves(data.labels, 0)
+    split = stratified_split(data.labels, 0)
+    train, held_out = split.train, split.held_out
     state = torch.get_rng_state()
     first = train_feature_extractor(data.images[train], data.labels[train], 10, epochs=6, seed=3)
     again = train_feature_extractor(data.images[train], data.labels[train], 10, epochs=6, seed=3)
