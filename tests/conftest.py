@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -26,7 +28,8 @@ def seeded():
 def fresh_compiler():
     """Functions that differ only in what they close over share their code, and with it the compiler's limit of recompilations."""
     yield
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(items):
