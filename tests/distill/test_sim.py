@@ -112,6 +112,18 @@ def test_distiller_gradient_is_that_of_both_networks_inputs(tiny_denoiser):
     assert (found * direction).sum().item() == pytest.approx(difference.item(), rel=1e-6)
 
 
+def test_l2_weight_is_divided_by_the_deviation_from_the_teacher(tiny_denoiser):
+    distiller = SIMDistiller(tiny_denoiser(0), sample_shape=(1, 4, 4), distance="l2", weight=lambda sigma: 3 * sigma)
+    distiller.fake.load_state_dict(tiny_denoiser(1).state_dict())
+    clean, noise, sigma = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4), torch.tensor([0.3, 1.2])
+    losses, gap = distiller.generator_losses(clean, sigma, noise, {})
+    noisy = clean + sigma.view(2, 1, 1, 1) * noise
+    fake, teacher = distiller.fake(noisy, sigma), distiller.teacher(noisy, sigma)
+    expected = -3 * sigma * ((fake - teacher) * (fake - clean)).sum((1, 2, 3)) / (clean - teacher).abs().mean((1, 2, 3))
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(gap, (fake - teacher).square().mean())
+
+
 def test_generator_step_leaves_fake_and_teacher_without_gradients(tiny_denoiser):
     distiller = SIMDistiller(tiny_denoiser(), sample_shape=(1, 4, 4))
     clean = torch.randn(2, 1, 4, 4, requires_grad=True)
