@@ -35,13 +35,18 @@ FD_INLINE float log_normal_range(float x) {
   return e * 0.693145752f + (f - (h - (s * (h + r) + e * 1.42860677e-6f)));
 }
 
-// sin and cos of pi x for x in [0, 2]: an exact reduction to [-1/4, 1/4], then Taylor polynomials in pi x.
+// sin and cos of pi x for x in [0, 2]: an exact reduction to [-1/4, 1/4], then Taylor polynomials. The sine's leading term is
+// 201/64 t + (pi - 201/64) t with the first product exact, in two halves of t, so that one rounding alone is of the result's size;
+// the cosine gets back what 1 - (pi t)^2 / 2 lost to rounding.
 FD_INLINE void sincospi(float x, float& sine, float& cosine) {
   const int32_t quadrant = static_cast<int32_t>(2.0f * x + 0.5f);
-  const float t = (x - 0.5f * static_cast<float>(quadrant)) * 3.14159265f;
+  const float t = x - 0.5f * static_cast<float>(quadrant);
   const float u = t * t;
-  const float s = t + t * u * (-1.0f / 6 + u * (1.0f / 120 + u * (-1.0f / 5040 + u * (1.0f / 362880))));
-  const float c = 1.0f + u * (-0.5f + u * (1.0f / 24 + u * (-1.0f / 720 + u * (1.0f / 40320 + u * (-1.0f / 3628800)))));
+  const float high = float_of(bits_of(t) & 0xfffff000u), low = t - high;
+  const float rest = t * (9.67653590e-4f + u * (-5.16771278f + u * (2.55016404f + u * (-0.599264529f + u * 0.0821458866f))));
+  const float s = high * 3.140625f + (low * 3.140625f + rest);
+  const float half_square = u * 4.93480220f, near = 1.0f - half_square;
+  const float c = near + (((1.0f - near) - half_square) + u * u * (4.05871213f + u * (-1.33526277f + u * (0.235330630f + u * -0.0258068913f))));
   const bool swap = quadrant & 1;
   const float sine_size = swap ? c : s, cosine_size = swap ? s : c;
   sine = quadrant & 2 ? -sine_size : sine_size;

@@ -1,0 +1,441 @@
+"""The counter-based normals, and the losses that learn a score."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdiff_kernels import ops
+from fastdiff_kernels.reference import philox
+
+from ..helpers import FLOATS, assert_accurate, assert_bitwise, assert_independent_of_batch, assert_independent_of_threads
+
+# In float64 the eager composition is itself the truth: test_any_shape_and_layout and the table's contract compare there.
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [(1, 1), (3, 5), (2, 4, 7, 3), (2, 16389)]
+SEED = 20241203
+COUNT = 1 << 18
+
+
+def noise(*shape, seed=SEED, dtype=torch.float32, offset=0):
+    return ops.lcss_noise(torch.empty(shape, dtype=dtype), seed, offset=offset)
+
+
+def definition(*shape, seed=SEED, offset=0, stream="lcss"):
+    return philox.normals(torch.Size(shape), seed, offset, stream, torch.device("cpu"))
+
+
+def ulps(actual, expected):
+    """The distance between two float32 tensors in steps of expected's last place."""
+    spacing = torch.from_numpy(np.spacing(expected.abs().numpy()))
+    return ((actual.double() - expected.double()).abs() / spacing).max().item()
+
+
+# The known answers published with Random123 (Salmon et al., SC 2011): counter, key, words.
+KNOWN_ANSWERS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def _signed(high, low):
+    return torch.tensor(np.array([(high << 32) | low], dtype=np.uint64).view(np.int64)[0])
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+def test_philox_gives_the_published_words(counter, key, words):
+    block, stream, *sample = (int(word, 16) for word in counter.split())
+    seed = [int(word, 16) for word in key.split()]
+    found = philox.philox_words(_signed(*reversed(seed)), stream, _signed(*reversed(sample)), torch.tensor(block))
+    assert " ".join(f"{word.item():08x}" for word in found) == words
+
+
+@pytest.mark.parametrize(("seed", "sample"), [(0, 0), (-1, 3), (2**63 - 1, 2**33 + 1), (-(2**63), 2**62)])
+def test_normals_are_box_muller_of_the_words(seed, sample):
+    words = philox.philox_words(torch.tensor(seed), philox.STREAMS["lcss"], torch.tensor(sample), torch.arange(16))
+    expected = []
+    for radius_word, angle_word in (words[:2], words[2:]):
+        u = (radius_word.float() * 2.0**-32 + 2.0**-33).double()
+        radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * (angle_word.float() * 2.0**-32).double()
+        expected += [radius * angle.cos(), radius * angle.sin()]
+    assert ulps(noise(1, 64, seed=seed, offset=sample), torch.stack(expected, 1).reshape(1, 64).float()) <= 2
+
+
+@pytest.mark.parametrize(("seed", "offset"), [(0, 0), (SEED, 0), (-1, 2**40), (2**62 + 12345, 7)])
+def test_kernel_equals_the_definition_to_two_ulp(seed, offset):
+    assert ulps(noise(3, 100003, seed=seed, offset=offset), definition(3, 100003, seed=seed, offset=offset)) <= 2
+
+
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_draws_the_same_numbers(instruction_set, tmp_path):
+    """Equal words, or nothing would agree; what is left are roundings of the polynomials. Unsupported sets run the best one there is."""
+    script = "import sys, torch; from fastdiff_kernels import ops; torch.save(ops.lcss_noise(torch.empty(2, 65537), 5), sys.argv[1])"
+    path = tmp_path / "noise.pt"
+    environment = {**os.environ, "FASTDIFF_ISA": instruction_set}
+    subprocess.run([sys.executable, "-c", script, path], check=True, env=environment, cwd=os.getcwd(), timeout=120)
+    assert ulps(torch.load(path), definition(2, 65537, seed=5)) <= 2
+
+
+@pytest.mark.parametrize("seed", [0, 1, SEED])
+def test_moments_are_normal_to_the_sixth(seed):
+    z = noise(4, COUNT, seed=seed).double().flatten()
+    for order, (mean, variance) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96), (0, 945), (15, 10170)], start=1):
+        assert abs((z**order).mean() - mean) < 4 * math.sqrt(variance / z.numel()), f"moment {order}"
+
+
+@pytest.mark.parametrize("seed", [0, 1, SEED])
+def test_distribution_and_tails(seed):
+    z = noise(1, COUNT, seed=seed).flatten().numpy()
+    assert scipy.stats.kstest(z, "norm").pvalue > 1e-3
+    for threshold in (3.0, 4.0, 4.5):
+        expected = 2 * COUNT * scipy.stats.norm.sf(threshold)
+        assert abs((np.abs(z) > threshold).sum() - expected) < 4 * math.sqrt(expected)
+
+
+def test_normals_are_never_infinite_or_nan():
+    """The smallest and the largest uniform word there is: the first keeps its half step, the second rounds to 1."""
+    words = torch.tensor([0, 1, 2**31, 2**32 - 1])
+    for angle in words:
+        for radius in words:
+            z = torch.stack(philox._box_muller(radius, angle))
+            assert z.isfinite().all()
+            assert z.norm() <= math.sqrt(2 * 33 * math.log(2)) * (1 + 1e-12)
+
+
+def _correlation(a, b):
+    a, b = a.double().flatten(), b.double().flatten()
+    return abs(((a - a.mean()) * (b - b.mean())).mean() / (a.std() * b.std())).item()
+
+
+BOUND = 4.5 / math.sqrt(COUNT)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_samples_seeds_and_streams_are_uncorrelated(power):
+    z = noise(4, COUNT) ** power
+    others = {
+        "next sample": z.roll(1, 0),
+        "far sample": noise(4, COUNT, offset=2**32) ** power,
+        "next seed": noise(4, COUNT, seed=SEED + 1) ** power,
+        "seed's high half": noise(4, COUNT, seed=SEED + 2**32) ** power,
+        "other stream": definition(4, COUNT, stream="posterior") ** power,
+    }
+    for name, other in others.items():
+        assert _correlation(z, other) < BOUND, name
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_elements_are_uncorrelated(power):
+    """Also the two normals of one Box-Muller pair and the four of one counter, whose squares share a radius or none."""
+    z = noise(1, COUNT).flatten() ** power
+    for lag in (1, 2, 3, 4, 5, 8, 64, 1024):
+        assert _correlation(z[lag:], z[:-lag]) < BOUND * 1.01, f"lag {lag}"
+    blocks = z.reshape(-1, 4)
+    for i in range(4):
+        for j in range(i):
+            assert _correlation(blocks[:, i], blocks[:, j]) < 2 * BOUND, f"elements {i} and {j} of a counter"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_noise_is_rounded_from_float32(dtype):
+    assert_bitwise(noise(2, 3, 37, dtype=dtype), noise(2, 3, 37).to(dtype))
+
+
+def test_noise_does_not_depend_on_strides_or_shape_or_length():
+    z = noise(4, 6, 10)
+    strided = torch.empty(4, 10, 6).transpose(1, 2)
+    assert_bitwise(ops.lcss_noise(strided, SEED), z)
+    assert ops.lcss_noise(strided, SEED).is_contiguous()
+    assert_bitwise(noise(4, 60), z.flatten(1))
+    assert_bitwise(noise(4, 2000)[:, :60], z.flatten(1))
+    assert_bitwise(noise(4), z[:, 0, 0])
+
+
+@settings(max_examples=20, deadline=None)
+@given(split=st.integers(0, 7), elements=st.integers(1, 3000), seed=st.integers(-(2**63), 2**63 - 1), offset=st.integers(0, 2**40))
+def test_offset_keeps_micro_batches_and_ranks_apart(split, elements, seed, offset):
+    whole = noise(7, elements, seed=seed, offset=offset)
+    parts = [noise(split, elements, seed=seed, offset=offset), noise(7 - split, elements, seed=seed, offset=offset + split)]
+    assert_bitwise(torch.cat(parts), whole)
+    assert_bitwise(noise(7, elements, seed=torch.tensor(seed), offset=offset), whole)
+
+
+def eager_perturb(x, sigma, z):
+    return (x + _like(sigma, x) * z).to(x.dtype)
+
+
+def eager_lcss(score, z, sigma, gamma, weight):
+    sigma, gamma, weight = (_wide(c, score) for c in (sigma, gamma, weight))
+    return weight * (gamma / sigma * (score * z).flatten(1).sum(1) + 0.5 * score.square().flatten(1).sum(1))
+
+
+def eager_denoising(denoised, clean, weight):
+    return _wide(weight, denoised) * (denoised - clean).square().flatten(1).sum(1)
+
+
+def _wide(constant, x):
+    return constant.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _like(constant, x):
+    return _wide(constant, x).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def constants(batch, count=3):
+    return [torch.rand(batch) + 0.5 for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lcss_loss_is_as_accurate_as_eager(shape, dtype):
+    score, z = (torch.randn(shape, dtype=torch.float64).requires_grad_() for _ in range(2))
+
+    def ours(score, z, sigma, gamma, weight):
+        sigma, gamma, weight = (_wide(c, score) for c in (sigma, gamma, weight))
+        return ops.lcss_loss(score, z, sigma, gamma=gamma, weight=weight)
+
+    assert_accurate(ours, eager_lcss, [score, z, *constants(shape[0])], dtype)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_seeded_lcss_loss_is_as_accurate_as_eager(shape, dtype):
+    """The truth has the noise as the kernel draws it, unrounded."""
+    score, z = torch.randn(shape, dtype=torch.float64).requires_grad_(), noise(*shape)
+
+    def ours(score, sigma, gamma, weight):
+        sigma, gamma, weight = (_wide(c, score) for c in (sigma, gamma, weight))
+        return ops.lcss_loss(score, SEED, sigma, gamma=gamma, weight=weight)
+
+    def eager(score, sigma, gamma, weight):
+        return eager_lcss(score, z.to(_wide(sigma, score).dtype), sigma, gamma, weight)
+
+    assert_accurate(ours, eager, [score, *constants(shape[0])], dtype)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_perturbation_is_as_accurate_as_eager(shape, dtype):
+    x, z = torch.randn(shape, dtype=torch.float64).requires_grad_(), noise(*shape)
+
+    def ours(x, sigma):
+        return ops.lcss_perturb(x, _wide(sigma, x), SEED)
+
+    assert_accurate(ours, lambda x, sigma: eager_perturb(x, sigma, z), [x, *constants(shape[0], 1)], dtype)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_denoising_loss_is_as_accurate_as_eager(shape, dtype):
+    clean = torch.randn(shape, dtype=torch.float64)
+    denoised = clean + 0.1 * torch.randn(shape, dtype=torch.float64)
+
+    def ours(denoised, clean, weight):
+        return ops.denoising_loss(denoised, clean, weight=_wide(weight, denoised))
+
+    assert_accurate(ours, eager_denoising, [denoised.requires_grad_(), clean.requires_grad_(), *constants(shape[0], 1)], dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=st.integers(0, 4), shape=st.lists(st.integers(1, 9), max_size=3), permuted=st.booleans(), scalars=st.booleans())
+def test_any_shape_and_layout(batch, shape, permuted, scalars):
+    a, b = (torch.randn(batch, *shape, dtype=torch.float64) for _ in range(2))
+    if permuted:
+        reverse = (0, *reversed(range(1, a.dim())))
+        a, b = (t.permute(reverse).contiguous().permute(reverse) for t in (a, b))
+    sigma, gamma, weight = (c.double()[0] if scalars else c.double()[:batch] for c in constants(max(batch, 1)))
+    flat = [t.reshape(batch, math.prod(shape)) for t in (a, b)]
+    torch.testing.assert_close(ops.lcss_loss(a, b, sigma, gamma=gamma, weight=weight), eager_lcss(*flat, sigma, gamma, weight))
+    torch.testing.assert_close(ops.denoising_loss(a, b, weight=weight), eager_denoising(*flat, weight))
+    z = noise(batch, *shape).double()
+    perturbed = ops.lcss_perturb(a, sigma, SEED)
+    assert perturbed.is_contiguous()
+    torch.testing.assert_close(perturbed, eager_perturb(a, sigma, z))
+    seeded = ops.lcss_loss(a, SEED, sigma, gamma=gamma, weight=weight)
+    torch.testing.assert_close(seeded, eager_lcss(flat[0], z.reshape(flat[0].shape), sigma, gamma, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_seed_stands_for_its_noise(dtype):
+    """Nothing is lost by not storing the noise: the loss and its gradient are those of the stored one."""
+    score = torch.randn(3, 2000, dtype=dtype)
+    z, leaves = noise(3, 2000, dtype=dtype), [score.clone().requires_grad_() for _ in range(3)]
+    losses = [ops.lcss_loss(leaf, given, 0.3, gamma=0.7) for leaf, given in zip(leaves, (z, SEED, torch.tensor(SEED)), strict=True)]
+    torch.testing.assert_close(losses[1], losses[0])
+    assert_bitwise(losses[2], losses[1])
+    grads = [torch.autograd.grad(loss.sum(), leaf)[0] for loss, leaf in zip(losses, leaves, strict=True)]
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(ops.lcss_perturb(score, 0.3, SEED), score + 0.3 * z)
+
+
+def test_the_loss_is_told_the_offset_of_its_perturbation():
+    score = torch.randn(4, 50)
+    whole = ops.lcss_loss(score, SEED, 0.5)
+    assert_bitwise(ops.lcss_loss(score[1:], SEED, 0.5, offset=1), whole[1:])
+    assert_bitwise(ops.lcss_perturb(score[1:], 0.5, SEED, offset=1), ops.lcss_perturb(score, 0.5, SEED)[1:])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_perturbing_by_nothing_copies(dtype):
+    x = torch.randn(2, 50, dtype=dtype)
+    assert_bitwise(ops.lcss_perturb(x, 0.0, SEED), x)
+
+
+def orthonormal(count, *groups, dtype=torch.float64):
+    """Samples whose empirical second moments are exactly those of independent standard normals. -> [count, width] for each group"""
+    q, _ = torch.linalg.qr(torch.randn(count, sum(groups), dtype=dtype))
+    return (math.sqrt(count) * q).split(groups, dim=1)
+
+
+GAUSSIAN_CASES = [(1.3, 0.6, 4, 1.0), (0.5, 2.0, 3, 0.4), (2.0, 0.1, 7, 1.7)]
+
+
+@pytest.mark.parametrize(("spread", "sigma", "dimension", "gamma"), GAUSSIAN_CASES)
+def test_lcss_on_a_gaussian(spread, sigma, dimension, gamma):
+    """Data N(0, c^2 I_d), s = -k x: J(k) = -gamma k d + k^2 d (c^2 + sigma^2) / 2, least at gamma / (c^2 + sigma^2)."""
+    data, z = orthonormal(64, dimension, dimension)
+    x = spread * data + sigma * z
+
+    def objective(k):
+        return ops.lcss_loss(-k * x, z, sigma, gamma=gamma).mean()
+
+    total = spread**2 + sigma**2
+    for k in (0.4, 1.1):
+        assert objective(k).item() == pytest.approx(-gamma * k * dimension + 0.5 * k**2 * dimension * total)
+    best = torch.tensor(gamma / total, dtype=torch.float64, requires_grad=True)
+    value = objective(best)
+    (slope,) = torch.autograd.grad(value, best)
+    assert slope.item() == pytest.approx(0, abs=1e-12 * dimension)
+    assert value.item() == pytest.approx(-(gamma**2) * dimension / (2 * total))
+
+
+def test_lcss_on_a_gaussian_printed_values():
+    data, z = orthonormal(64, 4, 4)
+    x = 1.3 * data + 0.6 * z
+    assert ops.lcss_loss(-0.4 * x, z, 0.6).mean().item() == pytest.approx(-0.944)
+    assert ops.lcss_loss(-x / 2.05, z, 0.6).mean().item() == pytest.approx(-0.975610, abs=5e-7)
+
+
+@pytest.mark.parametrize(("spread", "sigma", "dimension", "gamma"), GAUSSIAN_CASES)
+def test_with_the_forward_noise_lcss_is_denoising_score_matching(spread, sigma, dimension, gamma):
+    """gamma = 1: the losses differ by |z|^2 / (2 sigma^2), so the gradients are equal, sample by sample, for any score."""
+    score, z = (torch.randn(16, dimension, dtype=torch.float64) for _ in range(2))
+    score.requires_grad_()
+    lcss = ops.lcss_loss(score, z, sigma)
+    # -z / sigma is the score of the noise: the denoising loss of denoised = x + sigma^2 s is sigma^4 times that of the scores.
+    denoising = ops.denoising_loss(sigma**2 * score, -sigma * z, weight=0.5 / sigma**4)
+    torch.testing.assert_close(denoising - lcss, 0.5 * z.square().sum(1) / sigma**2)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), score)[0] for loss in (lcss, denoising)))
+
+
+@pytest.mark.parametrize(("spread", "level", "sigma"), [(1.0, 0.8, 0.3), (0.5, 2.0, 1.5)])
+def test_local_smoothing_of_noisy_data_learns_the_total_level(spread, level, sigma):
+    """Noise of level sigma_t first and a perturbation of its own after it: the minimiser is the score at sqrt(sigma_t^2 + sigma^2)."""
+    data, forward, z = orthonormal(64, 2, 2, 2)
+    x = spread * data + level * forward + sigma * z
+    k = torch.tensor(1 / (spread**2 + level**2 + sigma**2), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(ops.lcss_loss(-k * x, z, sigma).mean(), k)
+    assert slope.item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("x", "sigma", "expected"), [(0.4, 0.7, 0.91890081), (-1.1, 0.3, None), (0.0, 1.0, None)])
+def test_stein_identity_for_a_nonlinear_score(x, sigma, expected):
+    """E[f(x') (x' - x)] / sigma^2 = E[f'(x')] over N(x, sigma^2), by Gauss-Hermite quadrature of f = tanh x + 0.3 x^2."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(120)
+    z, weight = torch.from_numpy(nodes)[:, None], torch.from_numpy(weights / weights.sum())
+    moved = x + sigma * z
+    f = moved.tanh() + 0.3 * moved.square()
+    stein = (ops.lcss_loss(f, z, sigma, weight=weight) - 0.5 * weight * f[:, 0].square()).sum().item()
+    trace = (weight * (1 / moved.cosh().square() + 0.6 * moved)[:, 0]).sum().item()
+    assert stein == pytest.approx(trace, abs=1e-8)
+    assert expected is None or stein == pytest.approx(expected, abs=5e-8)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_sample_does_not_depend_on_its_batch_or_the_threads(dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def run(score, z, sigma, gamma, weight):
+        leaves = [t.detach().requires_grad_() for t in (score, z)]
+        losses = [ops.lcss_loss(*leaves, sigma, gamma=gamma, weight=weight), ops.denoising_loss(*leaves, weight=weight)]
+        return [*[loss.detach() for loss in losses], *torch.autograd.grad(sum(loss.sum() for loss in losses), leaves)]
+
+    def seeded(score, sigma):
+        leaf = score.detach().requires_grad_()
+        outputs = [ops.lcss_loss(leaf, SEED, sigma), ops.lcss_perturb(leaf, sigma, SEED)]
+        return [*[o.detach() for o in outputs], torch.autograd.grad([o.sum() for o in outputs], leaf)[0]]
+
+    score, z = (torch.randn(3, 33001).to(dtype) for _ in range(2))
+    sigma, gamma, weight = (c.to(wide) for c in constants(3))
+    assert_independent_of_batch(run, score, z, sigma, gamma, weight)
+    assert_independent_of_threads(lambda: run(score, z, sigma, gamma, weight))
+    assert_independent_of_threads(lambda: seeded(score, sigma))
+    assert_bitwise(seeded(score[:1], sigma[:1]), [o[:1] for o in seeded(score, sigma)])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_values_stay_in_their_sample(value):
+    def run(x):
+        z = noise(3, 6)
+        return ops.lcss_loss(x, SEED, 1.0), ops.lcss_loss(x, z, 1.0), ops.denoising_loss(x, z), ops.lcss_perturb(x, 1.0, SEED)
+
+    x = torch.randn(3, 6)
+    clean = run(x)
+    x[1, 3] = value
+    for before, after in zip(clean, run(x), strict=True):
+        assert not after[1].isfinite().all()
+        assert_bitwise(after[::2], before[::2])
+    assert_bitwise(ops.lcss_noise(x, SEED), noise(3, 6))
+
+
+X = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.lcss_noise(1.0, 0), TypeError, "lcss_noise: x must be a tensor; got float"),
+        (lambda: ops.lcss_noise(X.long(), 0), TypeError, "x must be float32, bfloat16, float16 or float64; got torch.int64"),
+        (lambda: ops.lcss_noise(torch.zeros(()), 0), ValueError, "x must have at least 1 dimension"),
+        (lambda: ops.lcss_noise(X, 0.0), TypeError, "seed must be an int or a 0-d int64 tensor; got float"),
+        (lambda: ops.lcss_noise(X, True), TypeError, "seed must be an int or a 0-d int64 tensor; got bool"),
+        (lambda: ops.lcss_noise(X, 2**63), ValueError, "seed must fit in 64 bits; got 9223372036854775808"),
+        (lambda: ops.lcss_noise(X, torch.tensor(1, dtype=torch.int32)), TypeError, "seed must be .* got shape .*, torch.int32"),
+        (lambda: ops.lcss_noise(X, torch.tensor([1])), TypeError, r"seed must be .* got shape \(1,\)"),
+        (lambda: ops.lcss_noise(X, 0, offset=-1), ValueError, "offset must be at least 0; got -1"),
+        (lambda: ops.lcss_noise(X, 0, offset=0.5), TypeError, "offset must be an int; got float"),
+        (lambda: ops.lcss_noise(torch.empty(1, 2**17, 2**17 + 1, device="meta"), 0), ValueError, "x must have at most 2\\^34 elements"),
+        (lambda: ops.lcss_perturb(X, -0.1, 0), ValueError, "sigma must be finite and at least 0; got -0.1"),
+        (lambda: ops.lcss_perturb(X, "1", 0), TypeError, "sigma must be a float or a tensor; got str"),
+        (lambda: ops.lcss_perturb(X, torch.ones(2, requires_grad=True), 0), ValueError, "sigma is a constant and must not require grad"),
+        (lambda: ops.lcss_perturb(X, torch.ones(3), 0), ValueError, r"sigma must be .* of shape \(2,\); got shape \(3,\)"),
+        (lambda: ops.lcss_perturb(X, torch.ones(2).half(), 0), TypeError, "sigma must be float32 or float64; got torch.float16"),
+        (lambda: ops.lcss_loss(X, X, 0.0), ValueError, "lcss_loss: sigma must be finite and greater than 0; got 0.0"),
+        (lambda: ops.lcss_loss(X, X, torch.tensor([1.0, 0.0])), ValueError, "sigma must be finite and greater than 0; got 0.0"),
+        (lambda: ops.lcss_loss(X, X[:1], 1.0), ValueError, r"noise must have the shape of score, \(2, 3\); got \(1, 3\)"),
+        (lambda: ops.lcss_loss(X, X.double(), 1.0), TypeError, "noise must have the dtype of score, torch.float32; got torch.float64"),
+        (lambda: ops.lcss_loss(X, X.to("meta"), 1.0), ValueError, "noise must be on the device of score, cpu; got meta"),
+        (lambda: ops.lcss_loss(X, torch.tensor(1.0), 1.0), ValueError, r"noise must have the shape of score, \(2, 3\); got \(\)"),
+        (lambda: ops.lcss_loss(X, X, 1.0, offset=1), ValueError, "offset belongs to a seed and must be 0 beside a noise tensor; got 1"),
+        (lambda: ops.lcss_loss(X, 1.5, 1.0), TypeError, "seed must be an int or a 0-d int64 tensor; got float"),
+        (lambda: ops.lcss_loss(X, X, 1.0, gamma=math.nan), ValueError, "gamma must be finite; got nan"),
+        (lambda: ops.lcss_loss(X, X, 1.0, weight=torch.ones(2, 1)), ValueError, r"weight must be .* got shape \(2, 1\)"),
+        (lambda: ops.denoising_loss(X, X[:1]), ValueError, "clean must have the shape of denoised"),
+        (lambda: ops.denoising_loss(X, X.half()), TypeError, "clean must have the dtype of denoised"),
+        (lambda: ops.denoising_loss(X, [1.0]), TypeError, "clean must be a tensor; got list"),
+        (lambda: ops.denoising_loss(X, X, weight=math.inf), ValueError, "weight must be finite; got inf"),
+    ],
+)
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
