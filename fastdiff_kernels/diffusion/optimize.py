@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ._checks import check_count, check_positive, check_samples
+from .._checks import check_count, check_positive
+from ._checks import check_samples
 from ._progress import progress_bar
 from .guidance import check_conditioning, take_rows
 from .noise_levels import check_range

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._checks import batched_sigma, check_positive, check_samples, per_sample
+from .._checks import check_positive
+from ._checks import batched_sigma, check_samples, per_sample
 
 
 class EDMPrecond(nn.Module):

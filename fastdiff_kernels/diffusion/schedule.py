@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_positive
+from .._checks import check_count, check_positive
 from ._hosts import set_diffusers_schedule
 from .noise_levels import check_range
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ._checks import check_count
+from .._checks import check_choice, check_count
 
 WARM_UP_STEPS = 4
 CAP_FREE_ENTRIES = 4  # The authors' cap looks at their list of decisions only once it is longer than this.
@@ -71,9 +71,9 @@ class AdaptiveSkip:
         check_count(self.max_skip, "max_skip")
         if not isinstance(self.per_sample, bool):
             raise TypeError(f"per_sample must be a bool, got {type(self.per_sample).__name__}")
-        _check_choice(self.mode, "mode", ("official", "tensor"))
-        _check_choice(self.reuse, "reuse", ("hold", "extrapolate"))
-        _check_choice(self.space, "space", ("ve", "vp"))
+        check_choice(self.mode, "mode", ("official", "tensor"))
+        check_choice(self.reuse, "reuse", ("hold", "extrapolate"))
+        check_choice(self.space, "space", ("ve", "vp"))
 
     def start(self, x: Tensor, sigma: float) -> SkipState:
         """The state of a new trajectory that begins at x [B, ...] with noise level sigma."""
@@ -90,7 +90,7 @@ class FixedSkip:
 
     def __post_init__(self) -> None:
         check_count(self.every, "every")
-        _check_choice(self.reuse, "reuse", ("hold", "extrapolate"))
+        check_choice(self.reuse, "reuse", ("hold", "extrapolate"))
 
     def start(self, x: Tensor, sigma: float) -> SkipState:
         """The state of a new trajectory; x and sigma are not looked at."""
@@ -167,8 +167,3 @@ def _mean_change(x: Tensor, x_next: Tensor, sigma: float, sigma_next: float, spa
     dtype = torch.promote_types(x.dtype, torch.float32)
     change = _in_space(x_next.to(dtype), sigma_next, space) - _in_space(x.to(dtype), sigma, space)
     return change.abs().reshape(x.shape[0], math.prod(x.shape[1:])).mean(1)  # [B]
-
-
-def _check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

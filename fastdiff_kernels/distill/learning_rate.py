@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ._checks import check_choice, check_count, check_number
+from .._checks import check_choice, check_count, check_number
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._checks import check_choice, check_count, check_number
 from ..diffusion import edm_weight
-from ._checks import check_choice, check_conditioning, check_count, check_data, check_denoiser, check_number, check_shape
+from ._checks import check_conditioning, check_data, check_denoiser, check_shape
 from .learning_rate import LearningRate
 from .recipe import Learner, Recipe, data_scale, mixed_seed, per_sample, trainable_copy
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._checks import check_number
 from ..diffusion import lognormal_sigmas, uniform_karras_sigmas
-from ._checks import check_number
 
 
 @dataclass(frozen=True)

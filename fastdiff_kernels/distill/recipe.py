@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_conditioning, check_count, check_number, first_parameter
+from .._checks import check_count, check_number
+from ._checks import check_conditioning, first_parameter
 from .learning_rate import LearningRate, as_learning_rate
 
 Batch = TypeVar("Batch", Tensor, int)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_count
+from .._checks import check_count
 from .recipe import Recipe, mixed_seed
 
 BatchSource = Callable[[int], tuple["Tensor | int", "Mapping[str, Tensor] | None"]]

@@ -5,15 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def positive_int(name: str, value: object, minimum: int = 1) -> int:
-    """Return `value` if it is an int of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
-
-
 def divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     """Raise unless `divisor` divides `value`."""
     if value % divisor:

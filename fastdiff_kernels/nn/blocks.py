@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import ops
-from ._checks import divides, positive_int
+from .._checks import check_count
+from ._checks import divides
 from .embedding import zero_init
 
 
@@ -27,14 +28,14 @@ class DiTBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, condition_dim: int, *, mlp_ratio: float = 4.0, qk_norm: str | None = None) -> None:
         super().__init__()
-        divides("num_heads", positive_int("num_heads", num_heads), "dim", positive_int("dim", dim))
+        divides("num_heads", check_count(num_heads, "num_heads"), "dim", check_count(dim, "dim"))
         if qk_norm not in ("rms", "layer", None):
             raise ValueError(f'qk_norm must be "rms", "layer" or None, got {qk_norm!r}')
         if int(dim * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio must leave at least one hidden channel, got mlp_ratio={mlp_ratio} with dim={dim}")
         self.num_heads, self.qk_norm = num_heads, qk_norm
         head_dim, hidden = dim // num_heads, int(dim * mlp_ratio)
-        self.modulation = zero_init(nn.Linear(positive_int("condition_dim", condition_dim), 6 * dim))
+        self.modulation = zero_init(nn.Linear(check_count(condition_dim, "condition_dim"), 6 * dim))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_weight = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
         self.k_weight = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
@@ -68,8 +69,8 @@ class UNetAttentionBlock(nn.Module):
 
     def __init__(self, channels: int, *, num_heads: int = 1, num_groups: int = 8, qk_norm: str | None = None) -> None:
         super().__init__()
-        divides("num_heads", positive_int("num_heads", num_heads), "channels", positive_int("channels", channels))
-        divides("num_groups", positive_int("num_groups", num_groups), "channels", channels)
+        divides("num_heads", check_count(num_heads, "num_heads"), "channels", check_count(channels, "channels"))
+        divides("num_groups", check_count(num_groups, "num_groups"), "channels", channels)
         if qk_norm not in ("rms", None):
             raise ValueError(f'qk_norm must be "rms" or None, got {qk_norm!r}')
         self.num_heads, self.num_groups, self.qk_norm = num_heads, num_groups, qk_norm
@@ -100,8 +101,8 @@ class UNetResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, condition_dim: int, *, num_groups: int = 8, dropout: float = 0.0) -> None:
         super().__init__()
-        divides("num_groups", positive_int("num_groups", num_groups), "in_channels", positive_int("in_channels", in_channels))
-        divides("num_groups", num_groups, "out_channels", positive_int("out_channels", out_channels))
+        divides("num_groups", check_count(num_groups, "num_groups"), "in_channels", check_count(in_channels, "in_channels"))
+        divides("num_groups", num_groups, "out_channels", check_count(out_channels, "out_channels"))
         self.num_groups = num_groups
         self.norm1_weight, self.norm1_bias = nn.Parameter(torch.ones(in_channels)), nn.Parameter(torch.zeros(in_channels))
         self.norm2_weight, self.norm2_bias = nn.Parameter(torch.ones(out_channels)), nn.Parameter(torch.zeros(out_channels))

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import ops
-from ._checks import divides, network_input, positive_int
+from .._checks import check_count
+from ._checks import divides, network_input
 from .blocks import DiTBlock
 from .embedding import ConditionEmbedding, axial_rope, full_precision_output, sincos_positions, zero_init
 
@@ -43,11 +44,11 @@ class DiT(nn.Module):
         out_channels: int | None = None,
     ) -> None:
         super().__init__()
-        self.in_channels = positive_int("in_channels", in_channels)
-        self.out_channels = positive_int("out_channels", in_channels if out_channels is None else out_channels)
-        self.patch_size = positive_int("patch_size", patch_size)
+        self.in_channels = check_count(in_channels, "in_channels")
+        self.out_channels = check_count(in_channels if out_channels is None else out_channels, "out_channels")
+        self.patch_size = check_count(patch_size, "patch_size")
         self.dim, self.num_classes, self.rope = dim, num_classes, rope
-        divides("num_heads", positive_int("num_heads", num_heads), "dim", positive_int("dim", dim))
+        divides("num_heads", check_count(num_heads, "num_heads"), "dim", check_count(dim, "dim"))
         self.head_dim = dim // num_heads
         if rope:
             divides("4", 4, "dim / num_heads", self.head_dim)
@@ -65,15 +66,15 @@ class DiT(nn.Module):
         self.patch_in = nn.Linear(in_channels * patch_size**2, dim)
         self.embedding = ConditionEmbedding(dim, num_classes)
         self.blocks = nn.ModuleList(
-            DiTBlock(dim, num_heads, dim, mlp_ratio=mlp_ratio, qk_norm=qk_norm) for _ in range(positive_int("depth", depth))
+            DiTBlock(dim, num_heads, dim, mlp_ratio=mlp_ratio, qk_norm=qk_norm) for _ in range(check_count(depth, "depth"))
         )
         self.modulation = zero_init(nn.Linear(dim, 2 * dim))
         self.patch_out = zero_init(nn.Linear(dim, self.out_channels * patch_size**2))
 
     def _grid(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        divides("patch_size", self.patch_size, "image_size", positive_int("image_size", height))
-        divides("patch_size", self.patch_size, "image_size", positive_int("image_size", width))
+        divides("patch_size", self.patch_size, "image_size", check_count(height, "image_size"))
+        divides("patch_size", self.patch_size, "image_size", check_count(width, "image_size"))
         return height // self.patch_size, width // self.patch_size
 
     def forward(self, x: torch.Tensor, noise_level: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:

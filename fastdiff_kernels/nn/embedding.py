@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ._checks import divides, positive_int
+from .._checks import check_count
+from ._checks import divides
 
 # c_noise = ln(sigma)/4 spans about 3 units; these wavelengths resolve a factor e in sigma and still tell the two ends apart.
 _LONGEST_WAVE, _SHORTEST_WAVE = 16.0, 0.5
@@ -24,8 +25,8 @@ class ConditionEmbedding(nn.Module):
 
     def __init__(self, dim: int, num_classes: int = 0) -> None:
         super().__init__()
-        divides("2", 2, "dim", positive_int("dim", dim, 2))
-        self.num_classes = positive_int("num_classes", num_classes, 0)
+        divides("2", 2, "dim", check_count(dim, "dim", 2))
+        self.num_classes = check_count(num_classes, "num_classes", 0)
         waves = torch.logspace(math.log10(_LONGEST_WAVE), math.log10(_SHORTEST_WAVE), dim // 2)
         self.frequencies: torch.Tensor
         self.register_buffer("frequencies", 2 * math.pi / waves, persistent=False)  # [dim/2]

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import ops
-from ._checks import divides, network_input, positive_int
+from .._checks import check_count
+from ._checks import divides, network_input
 from .blocks import UNetAttentionBlock, UNetResBlock
 from .embedding import ConditionEmbedding, full_precision_output, zero_init
 
@@ -66,12 +67,12 @@ class UNet(nn.Module):
         out_channels: int | None = None,
     ) -> None:
         super().__init__()
-        self.in_channels = positive_int("in_channels", in_channels)
-        divides("num_groups", positive_int("num_groups", num_groups), "channels", positive_int("channels", channels))
-        positive_int("blocks", blocks)
+        self.in_channels = check_count(in_channels, "in_channels")
+        divides("num_groups", check_count(num_groups, "num_groups"), "channels", check_count(channels, "channels"))
+        check_count(blocks, "blocks")
         if not multipliers:
             raise ValueError("multipliers must name at least one level, got an empty sequence")
-        widths = [channels * positive_int("multipliers", m) for m in multipliers]
+        widths = [channels * check_count(m, "multipliers") for m in multipliers]
         if any(level not in range(len(widths)) for level in attention_levels):
             raise ValueError(f"attention_levels must lie in [0, {len(widths) - 1}], got {tuple(attention_levels)}")
         condition_dim = condition_dim if condition_dim is not None else 4 * channels
