@@ -7,6 +7,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,11 @@ def _backward_row(op: Op) -> Op:
     names = [declaration.split()[-1] for declaration in inputs.split(", ")]
     wanted = [names.index(name) for name in op.differentiable]
 
-    def reference(*args: object) -> Tensor | tuple[Tensor, ...]:
+    def reference(*args: Any) -> Tensor | tuple[Tensor, ...]:
         grad_outputs, call, needs = args[: len(grads)], args[len(grads) : -1], args[-1]
         return _vjp_below_autograd(op, wanted, grad_outputs, call, needs)
 
-    def fake(*args: object) -> Tensor | tuple[Tensor, ...]:
+    def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
         call, needs = args[len(grads) : -1], args[-1]
         empties = tuple(channels_last_aware_empty(call[i]) if need else _absent(args) for i, need in zip(wanted, needs, strict=True))
         return empties[0] if count == 1 else empties
@@ -57,22 +58,22 @@ def _backward_row(op: Op) -> Op:
     )
 
 
-def _absent(args: Sequence[object]) -> Tensor:
+def _absent(args: Sequence[Any]) -> Tensor:
     """What stands for a gradient nobody asked for."""
     first = next(a for a in args if isinstance(a, Tensor))
     return first.new_empty(0)
 
 
-def _vjp(op: Op, wanted: Sequence[int], grads: Sequence[Tensor], call: Sequence[object], needs: Sequence[bool]):
+def _vjp(op: Op, wanted: Sequence[int], grads: Sequence[Tensor], call: Sequence[Any], needs: Sequence[bool]):
     """Gradients of op's definition, themselves differentiable to any order."""
     chosen, of_chosen = _restrict(op, wanted, call, needs)
     with torch.enable_grad():
-        _, pullback = torch.func.vjp(of_chosen, *[call[i] for i in chosen])
+        pullback = torch.func.vjp(of_chosen, *[call[i] for i in chosen])[1]
         found = pullback(grads[0] if len(grads) == 1 else tuple(grads))
     return _spread(found, grads, needs)
 
 
-def _vjp_below_autograd(op: Op, wanted: Sequence[int], grads: Sequence[Tensor], call: Sequence[object], needs: Sequence[bool]):
+def _vjp_below_autograd(op: Op, wanted: Sequence[int], grads: Sequence[Tensor], call: Sequence[Any], needs: Sequence[bool]):
     """The same where kernels run: there autograd is off and has to be let in again, and torch.func cannot be entered."""
     chosen, of_chosen = _restrict(op, wanted, call, needs)
     with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _exclude_without_autograd()):
@@ -81,7 +82,7 @@ def _vjp_below_autograd(op: Op, wanted: Sequence[int], grads: Sequence[Tensor], 
     return _spread(found, grads, needs)
 
 
-def _restrict(op: Op, wanted: Sequence[int], call: Sequence[object], needs: Sequence[bool]) -> tuple[list[int], Callable]:
+def _restrict(op: Op, wanted: Sequence[int], call: Sequence[Any], needs: Sequence[bool]) -> tuple[list[int], Callable]:
     """The indices of the arguments whose gradient is asked for, and op's definition as a function of them alone."""
     chosen = [i for i, need in zip(wanted, needs, strict=True) if need]
 
@@ -113,7 +114,7 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _has_tangent(args: Sequence[object]) -> bool:
+def _has_tangent(args: Sequence[Any]) -> bool:
     return any(isinstance(a, Tensor) and forward_ad.unpack_dual(a, level=0).tangent is not None for a in args)
 
 
@@ -129,7 +130,7 @@ def _autograd_kernel(op: Op) -> Callable:
         if _is_tensor_argument(a) and a.name not in (*op.differentiable, *op.stopped)
     ]
 
-    def below(keyset: torch._C.DispatchKeySet, args: Sequence[object]):
+    def below(keyset: torch._C.DispatchKeySet, args: Sequence[Any]):
         with torch._C._AutoDispatchBelowAutograd():
             return packet.redispatch(keyset & _AUTOGRAD_KEYS, *args)
 
@@ -239,7 +240,7 @@ def _implement_vmap(op: Op) -> None:
         _library.impl(op.name, op.reference, "FuncTorchBatched")
 
 
-def refusal(op: Op, name: str, args: Sequence[object]) -> str | None:
+def refusal(op: Op, name: str, args: Sequence[Any]) -> str | None:
     """Why backend `name` does not run this call of op; None where it does."""
     device = next(a for a in args if isinstance(a, Tensor)).device.type
     if name == "reference":
@@ -272,7 +273,7 @@ def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
-def run(op: Op, name: str, args: Sequence[object]):
+def run(op: Op, name: str, args: Sequence[Any]):
     """Runs one call of op on backend `name`, which must not refuse it."""
     if name == "reference":
         return op.reference(*args)
@@ -317,7 +318,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def explain(fn: Callable, *args: object, **kwargs: object) -> str:
+def explain(fn: Callable, *args: Any, **kwargs: Any) -> str:
     """Runs fn(*args, **kwargs) and says, for each op in it, which backend ran and why the others did not."""
     with _Recorder() as recorder:
         fn(*args, **kwargs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Op:
         """Names of the arguments, in order."""
         return tuple(a.name for a in overload(self).default._schema.arguments)
 
-    def bytes(self, *args: object) -> int:
+    def bytes(self, *args: Any) -> int:
         """Bytes moved by one read of every tensor argument and one write of every output."""
         outputs = self.fake(*args)
         tensors = [*args, *(outputs if isinstance(outputs, tuple) else (outputs,))]
@@ -54,24 +55,24 @@ def overload(op: Op) -> torch._ops.OpOverloadPacket:
     return getattr(torch.ops.fastdiff, op.name)
 
 
-def _like_first(*args: object) -> Tensor:
+def _like_first(*args: Any) -> Tensor:
     first = next(a for a in args if isinstance(a, Tensor))
     return first.new_empty(first.shape)
 
 
-def _like_two(x: Tensor, y: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _like_two(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
-def _like_first_twice(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _like_first_twice(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _batch(x: Tensor, *_: object) -> Tensor:
+def _batch(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[:1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _sample_and_batch(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _sample_and_batch(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _batch(x)
 
 
@@ -87,7 +88,7 @@ def _per_element(count: int, argument: int = 0) -> Callable[..., int]:
     return lambda *args: count * args[argument].numel()
 
 
-def _attention_flops(q: Tensor, k: Tensor, *_: object) -> int:
+def _attention_flops(q: Tensor, k: Tensor, *_: Any) -> int:
     batch, rows, heads, width = q.shape
     return 4 * batch * heads * rows * k.shape[1] * width
 

@@ -62,7 +62,7 @@ def check_positive(op: str, name: str, value: float) -> float:
     return float(value)
 
 
-def check_count(op: str, name: str, value: object, minimum: int) -> int:
+def check_count(op: str, name: str, value: int, minimum: int) -> int:
     """value, an int of at least minimum."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int; got {type(value).__name__}")
