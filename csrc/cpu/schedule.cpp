@@ -25,10 +25,11 @@ Tensor incremental_cost(
     const Samples samples(x);
     const auto chunk = [=](int64_t b, int64_t begin, int64_t end) {
       const CostFactors factors = cost_factors(low_sigmas[b], high_sigmas[b], sigma_data);
-      const A low_factor = static_cast<A>(factors.low), high_factor = static_cast<A>(factors.high), input_factor = static_cast<A>(factors.input);
+      const A raw_factor = static_cast<A>(factors.raw), high_factor = static_cast<A>(factors.raw_high);
+      const A input_factor = static_cast<A>(factors.input);
       const T *x_row = input + b * samples.elements, *low_row = low + b * samples.elements, *high_row = high + b * samples.elements;
       return std::array<double, 1>{sum<A>(begin, end, [=](int64_t i) {
-        return cost_term<A>(load(x_row[i]), load(low_row[i]), load(high_row[i]), low_factor, high_factor, input_factor);
+        return cost_term<A>(load(x_row[i]), load(low_row[i]), load(high_row[i]), raw_factor, high_factor, input_factor);
       })};
     };
     reduce_samples<1>(samples, chunk, [&](int64_t b, const std::array<double, 1>& sums) { costs[b] = static_cast<A>(sums[0]); });

@@ -12,21 +12,21 @@ struct CostTerms {
   PerSample<double> sigma_low, sigma_high;
   double sigma_data;
   int64_t elements;
-  A low = 0, high = 0, input = 0;
+  A raw_factor = 0, high_factor = 0, input_factor = 0;
 
   // One thread's work, since most GPUs are slow at float64.
   __device__ __forceinline__ void begin(int64_t b) {
     __shared__ A shared[3];
     if (threadIdx.x == 0) {
       const CostFactors factors = cost_factors(sigma_low[b], sigma_high[b], sigma_data);
-      shared[0] = static_cast<A>(factors.low);
-      shared[1] = static_cast<A>(factors.high);
+      shared[0] = static_cast<A>(factors.raw);
+      shared[1] = static_cast<A>(factors.raw_high);
       shared[2] = static_cast<A>(factors.input);
     }
     __syncthreads();
-    low = shared[0];
-    high = shared[1];
-    input = shared[2];
+    raw_factor = shared[0];
+    high_factor = shared[1];
+    input_factor = shared[2];
   }
 
   __device__ __forceinline__ void operator()(int64_t b, int64_t i, int count, A (&part)[1]) const {
@@ -36,7 +36,9 @@ struct CostTerms {
     load_group(raw_low + at, count, of_low);
     load_group(raw_high + at, count, of_high);
 #pragma unroll
-    for (int j = 0; j < group; ++j) part[0] += cost_term<A>(noisy[j], of_low[j], of_high[j], low, high, input);
+    for (int j = 0; j < group; ++j) {
+      part[0] += cost_term<A>(noisy[j], of_low[j], of_high[j], raw_factor, high_factor, input_factor);
+    }
   }
 };
 

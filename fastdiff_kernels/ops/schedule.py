@@ -28,9 +28,9 @@ def incremental_cost(
 
         s(x, sigma) = -x / (sigma^2 + sigma_data^2) + sigma_data / (sigma sqrt(sigma^2 + sigma_data^2)) F(x, sigma)
 
-    From D itself the difference would lose all digits at small sigma. The factors are computed in float64, the rest in float32 (float64
-    for float64 inputs). Keep F in float32 at low noise: rounded to 16 bits it no longer holds the difference. The mean over x ~ p_sigma_high
-    is the corrector-optimised cost of arXiv 2412.07877 with velocity sigma.
+    From D itself the difference would lose all digits at small sigma. The outputs are subtracted first, then weighted; the weights are
+    computed in float64, the rest in float32 (float64 for float64 inputs). Keep F in float32 at low noise: rounded to 16 bits it no
+    longer holds the difference. The mean over x ~ p_sigma_high is the corrector-optimised cost of arXiv 2412.07877 with velocity sigma.
 
     Args:
         x: [B, ...], noisy samples, unscaled; float32, bfloat16, float16 or float64. A layout other than contiguous is copied once.

@@ -22,7 +22,8 @@ def third_order_skip(d0: Tensor, d1: Tensor, d2: Tensor, threshold: float | Tens
     Args:
         d0, d1, d2: changes of one shape (0-d, [B] or any), dtype and device, the newest last; float32, bfloat16, float16 or float64. A
             layout other than contiguous is copied once.
-        threshold: at least 0: float, or a tensor 0-d or [1], float32 or float64. A float64 one is rounded to float32 beside narrower changes.
+        threshold: at least 0: float, or a tensor 0-d or [1], float32 or float64. A float64 one is rounded to float32 beside narrower
+            changes.
 
     Returns:
         bool, the shape of d0, contiguous. For inference only: arguments must not require grad.

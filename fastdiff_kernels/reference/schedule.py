@@ -30,12 +30,13 @@ def incremental_cost(
     dtype = compute_dtype(x)
     low, high = _wide(sigma_low, x), _wide(sigma_high, x)
     variance_low, variance_high = low.square() + sigma_data**2, high.square() + sigma_data**2
-    # Both products with sigma_low are formed in float64: the two terms of the difference nearly cancel at small noise.
-    x_factor = (low * (high - low) * (high + low) / (variance_low * variance_high)).to(dtype)
-    low_factor = (sigma_data / variance_low.sqrt()).to(dtype)
-    high_factor = (sigma_data * low / (high * variance_high.sqrt())).to(dtype)
-    difference = low_factor * raw_low.to(dtype) - high_factor * raw_high.to(dtype) - x_factor * x.to(dtype)
-    return sum_per_sample(difference.square())
+    # In float64, since the two levels of a fine grid nearly cancel. So do the outputs, whose difference is exact where they are close.
+    raw_factor = sigma_data / variance_low.sqrt()
+    high_factor = raw_factor - low / high * (sigma_data / variance_high.sqrt())
+    x_factor = low * (high - low) * (high + low) / (variance_low * variance_high)
+    raw_low, raw_high = raw_low.to(dtype), raw_high.to(dtype)
+    change = high_factor.to(dtype) * raw_high - x_factor.to(dtype) * x.to(dtype)
+    return sum_per_sample((raw_factor.to(dtype) * (raw_low - raw_high) + change).square())
 
 
 def _pchip_slopes(widths: Tensor, secants: Tensor) -> Tensor:

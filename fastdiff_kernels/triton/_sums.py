@@ -31,7 +31,9 @@ def _finish_kernel(partial, out, chunks, divisor, WIDTH: tl.constexpr):
     tl.store(out + sample, tl.sum(total) / divisor)
 
 
-def sum_samples(kernel: triton.JITFunction, inputs: tuple[Tensor, ...], sums: int, *args: object, divisor: int = 1, **constants) -> list[Tensor]:
+def sum_samples(
+    kernel: triton.JITFunction, inputs: tuple[Tensor, ...], sums: int, *args: object, divisor: int = 1, **constants
+) -> list[Tensor]:
     """`sums` sums over each sample of inputs[0], divided by divisor: [B] each.
 
     kernel(*inputs, *results, elements, chunks, divisor, *args, BLOCK, BLOCKS_PER_CHUNK) runs once for every chunk (see `locate`) and

@@ -20,12 +20,13 @@ def _cost_kernel(
     dtype = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     low = tl.load(sigma_low + sample * low_stride)
     high = tl.load(sigma_high + sample * high_stride)
-    # In float64: the terms nearly cancel at small noise, and so do the two levels of a fine grid.
+    # In float64, since the two levels of a fine grid nearly cancel.
     variance_low = low * low + SIGMA_DATA * SIGMA_DATA
     variance_high = high * high + SIGMA_DATA * SIGMA_DATA
-    low_factor = (SIGMA_DATA / tl.sqrt(variance_low)).to(dtype)
-    high_factor = (SIGMA_DATA * low / (high * tl.sqrt(variance_high))).to(dtype)
+    raw_factor = SIGMA_DATA / tl.sqrt(variance_low)
+    high_factor = (raw_factor - low / high * (SIGMA_DATA / tl.sqrt(variance_high))).to(dtype)
     x_factor = (low * (high - low) * (high + low) / (variance_low * variance_high)).to(dtype)
+    raw_factor = raw_factor.to(dtype)
     total = tl.zeros((BLOCK,), dtype)
     for block in tl.static_range(BLOCKS_PER_CHUNK):
         index = begin + block * BLOCK + tl.arange(0, BLOCK)
@@ -34,7 +35,7 @@ def _cost_kernel(
         noisy = widen(tl.load(x + at, mask=mask, other=0.0))
         of_low = widen(tl.load(raw_low + at, mask=mask, other=0.0))
         of_high = widen(tl.load(raw_high + at, mask=mask, other=0.0))
-        difference = low_factor * of_low - high_factor * of_high - x_factor * noisy
+        difference = raw_factor * (of_low - of_high) + (high_factor * of_high - x_factor * noisy)
         total += difference * difference
     tl.store(cost + tl.program_id(0), tl.sum(total).to(tl.float64) / divisor)
 

@@ -8,25 +8,26 @@
 
 namespace fastdiff::FASTDIFF_VARIANT {
 
-// sigma_low (s(x, sigma_low) - s(x, sigma_high)) = low * F_low - high * F_high - input * x.
+// sigma_low (s(x, sigma_low) - s(x, sigma_high)) = raw * (F_low - F_high) + raw_high * F_high - input * x.
 struct CostFactors {
-  double low, high, input;
+  double raw, raw_high, input;
 };
 
-// In float64: the terms nearly cancel at small noise, and so do the two levels of a fine grid.
+// In float64, since the two levels of a fine grid nearly cancel.
 FD_INLINE CostFactors cost_factors(double sigma_low, double sigma_high, double sigma_data) {
   const double variance_low = sigma_low * sigma_low + sigma_data * sigma_data;
   const double variance_high = sigma_high * sigma_high + sigma_data * sigma_data;
+  const double raw = sigma_data / sqrt(variance_low);
   return {
-      sigma_data / sqrt(variance_low),
-      sigma_data * sigma_low / (sigma_high * sqrt(variance_high)),
+      raw,
+      raw - sigma_low / sigma_high * (sigma_data / sqrt(variance_high)),
       sigma_low * (sigma_high - sigma_low) * (sigma_high + sigma_low) / (variance_low * variance_high),
   };
 }
 
 template <class A>
-FD_INLINE A cost_term(A x, A raw_low, A raw_high, A low, A high, A input) {
-  const A difference = low * raw_low - high * raw_high - input * x;
+FD_INLINE A cost_term(A x, A raw_low, A raw_high, A raw_factor, A high_factor, A input_factor) {
+  const A difference = raw_factor * (raw_low - raw_high) + (high_factor * raw_high - input_factor * x);
   return difference * difference;
 }
 
