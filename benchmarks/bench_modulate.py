@@ -68,4 +68,5 @@ def test_forward_backward(compare, name, shape):
         "compile": forward_backward(torch.compile(eager, dynamic=False), args, upstream),
         "ours": forward_backward(ours, args, upstream),
     }
-    compare(f"{name} {shape}", "fwd+bwd", variants, exact())
+    # Inductor sums the modulation's gradients over the rows less exactly than eager does.
+    compare(f"{name} {shape}", "fwd+bwd", variants, exact(), factor=8.0)

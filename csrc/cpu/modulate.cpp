@@ -147,16 +147,16 @@ class FactorRows {
   Buffer<A> buffer_;
 };
 
-// Rows of A that end in a contiguous tensor of any dtype; of an empty tensor, rows that go nowhere.
+// Rows of A that end in a contiguous tensor of any dtype; without a tensor, or with an empty one, they go nowhere.
 template <class A>
 class OutputRows {
  public:
-  OutputRows(const Tensor& t, int64_t channels)
+  OutputRows(const Tensor* t, int64_t channels)
       : channels_(channels),
-        element_size_(t.element_size()),
-        dtype_(t.scalar_type()),
-        data_(static_cast<char*>(t.mutable_data_ptr())),
-        wanted_(t.numel() > 0),
+        wanted_(t != nullptr && t->numel() > 0),
+        element_size_(wanted_ ? t->element_size() : 0),
+        dtype_(wanted_ ? t->scalar_type() : kDtype<A>),
+        data_(wanted_ ? static_cast<char*>(t->mutable_data_ptr()) : nullptr),
         in_place_(wanted_ && dtype_ == kDtype<A>),
         buffer_(in_place_ ? 0 : channels) {}
 
@@ -171,10 +171,12 @@ class OutputRows {
  private:
   char* address(int64_t row) const { return data_ + row * channels_ * element_size_; }
 
-  int64_t channels_, element_size_;
+  int64_t channels_;
+  bool wanted_;
+  int64_t element_size_;
   ScalarType dtype_;
   char* data_;
-  bool wanted_, in_place_;
+  bool in_place_;
   Buffer<A> buffer_;
 };
 
@@ -250,9 +252,9 @@ void for_each_row(const Shape& shape, F&& body) {
   torch::stable::parallel_for(0, shape.rows(), grain, body);
 }
 
-// Fills those of the outputs that are not empty.
+// Fills those of the outputs that are there.
 template <class A>
-void forward(const Operands& in, const Tensor& hidden_out, const Tensor& modulated_out) {
+void forward(const Operands& in, const Tensor* hidden_out, const Tensor* modulated_out) {
   const Shape shape(in.x);
   const int64_t channels = shape.channels;
   for_each_row(shape, [&](int64_t first, int64_t last) {
@@ -327,7 +329,7 @@ class ModulationGradient {
   }
 
   // Where add() writes when it does not sum; one for each task.
-  OutputRows<A> rows() const { return OutputRows<A>(out_, channels_); }
+  OutputRows<A> rows() const { return OutputRows<A>(&out_, channels_); }
 
   void finish() const {
     if (!summed_) return;
@@ -386,8 +388,8 @@ class BackwardBlock {
         factors_(in.weight, in.scale, shape),
         upstream_hidden_(InputRows<A>::optional(grad_hidden, 0, shape)),
         upstream_(InputRows<A>::optional(grad_modulated, 0, shape)),
-        grad_x_(out.x, shape.channels),
-        grad_branch_(out.branch, shape.channels),
+        grad_x_(&out.x, shape.channels),
+        grad_branch_(&out.branch, shape.channels),
         gate_rows_(gate.rows()),
         weight_rows_(weight.rows()),
         shift_rows_(shift.rows()),
@@ -512,8 +514,7 @@ Gradients backward(
 
 Tensor forward_modulated(const Operands& in) {
   Tensor out = empty_as(in.x);
-  const Tensor none = absent(in.x);
-  by_accumulator(in.x, [&](auto tag) { forward<typename decltype(tag)::type>(in, none, out); });
+  by_accumulator(in.x, [&](auto tag) { forward<typename decltype(tag)::type>(in, nullptr, &out); });
   return out;
 }
 
@@ -545,8 +546,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_modulate_backward(
 Tensor gate_residual(const Tensor& residual, const Tensor& branch, const Tensor& gate) {
   Tensor out = empty_as(residual);
   const Operands in{.x = residual, .branch = branch, .gate = gate};
-  const Tensor none = absent(residual);
-  by_accumulator(residual, [&](auto tag) { forward<typename decltype(tag)::type>(in, out, none); });
+  by_accumulator(residual, [&](auto tag) { forward<typename decltype(tag)::type>(in, &out, nullptr); });
   return out;
 }
 
@@ -562,7 +562,7 @@ std::tuple<Tensor, Tensor> gate_residual_norm_modulate(
     double eps) {
   Tensor hidden = empty_as(residual), out = empty_as(residual);
   const Operands in{.x = residual, .branch = branch, .gate = gate, .shift = shift, .scale = scale, .centred = norm == "layer", .eps = eps};
-  by_accumulator(residual, [&](auto tag) { forward<typename decltype(tag)::type>(in, hidden, out); });
+  by_accumulator(residual, [&](auto tag) { forward<typename decltype(tag)::type>(in, &hidden, &out); });
   return {hidden, out};
 }
 
