@@ -37,6 +37,8 @@ struct Heads {
     for (int64_t r = 0; r < count; ++r) {
       const T* from = head(b, h) + (first + r) * row_stride;
       Acc<T>* row = to + r * to_row;
+      // The next head's rows lie far apart, where the processor's own prefetching does not look for them.
+      for (int64_t d = 0; d < width; d += 64 / int64_t{sizeof(T)}) __builtin_prefetch(from + head_stride + d);
       if (stride == 1) {
         for (int64_t d = 0; d < width; ++d) row[d] = factor * load(from[d]);
       } else {
@@ -45,17 +47,20 @@ struct Heads {
       for (int64_t d = width; d < to_row; ++d) row[d] = 0;
     }
   }
+};
 
-  // Rows [0, count) of a head, transposed: [width, to_row], the columns beyond count zero.
-  void copy_transposed(int64_t b, int64_t h, int64_t count, Acc<T>* to, int64_t to_row) const {
-    for (int64_t d = 0; d < width; ++d) {
-      const T* from = head(b, h) + d * stride;
-      Acc<T>* row = to + d * to_row;
-      for (int64_t r = 0; r < count; ++r) row[r] = load(from[r * row_stride]);
-      for (int64_t r = count; r < to_row; ++r) row[r] = 0;
+// The transpose of from [rows, from_row] as [columns, to_row], the columns beyond rows zero.
+template <class A>
+void transpose(const A* from, int64_t rows, int64_t columns, int64_t from_row, A* to, int64_t to_row) {
+  constexpr int64_t tile = 16;
+  for (int64_t r = 0; r < rows; r += tile) {
+    const int64_t stop = std::min(r + tile, rows);
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t i = r; i < stop; ++i) to[c * to_row + i] = from[i * from_row + c];
     }
   }
-};
+  for (int64_t c = 0; c < columns; ++c) std::fill(to + c * to_row + rows, to + (c + 1) * to_row, A(0));
+}
 
 // How many keys of each sample exist.
 class KeyLengths {
@@ -76,8 +81,8 @@ class KeyLengths {
 
 template <class A>
 struct Sizes {
-  int64_t keys, width;   // padded
-  int64_t block;         // rows of queries at a time
+  int64_t keys, width;  // padded
+  int64_t block;        // rows of queries at a time
   int64_t blocks;
 
   Sizes(int64_t rows, int64_t keys_, int64_t width_) : keys(padded(std::max<int64_t>(keys_, 1), kColumns<A>)), width(padded(width_, kColumns<A>)) {
@@ -106,28 +111,28 @@ class Arena {
   A* next_;
 };
 
-// Turns rows of logits into probabilities, of which there are `count`; the columns beyond become zero. Leaves them unnormalised where
-// sums are wanted.
+// Turns a row's logits, of which there are `count`, into probabilities not yet divided by their sum, which it returns; the columns beyond
+// become zero.
 template <class A>
 FD_INLINE A softmax_row(A* row, int64_t count, int64_t columns) {
+  constexpr int64_t width = kLanes<A>;
   for (int64_t j = count; j < columns; ++j) row[j] = -A(INFINITY);
-  const int64_t used = padded(count, kLanes<A>);
-  Lanes<A> most;
+  Lanes<A> most, v;
   load_lanes(row, most);
-  for (int64_t j = kLanes<A>; j < used; j += kLanes<A>) {
-    Lanes<A> v;
+  for (int64_t j = width; j < columns; j += width) {
     load_lanes(row + j, v);
     most = v > most ? v : most;
   }
   A largest = most[0];
-  for (int64_t i = 1; i < kLanes<A>; ++i) largest = most[i] > largest ? most[i] : largest;
-  A total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < columns; ++j) {
-    row[j] = unnormalised_probability(row[j], largest);
-    total += row[j];
+  for (int64_t i = 1; i < width; ++i) largest = most[i] > largest ? most[i] : largest;
+  Lanes<A> sum{};
+  for (int64_t j = 0; j < columns; j += width) {
+    load_lanes(row + j, v);
+    exp_of_nonpositive(v - largest, v);
+    sum += v;
+    store_lanes<A>(v, row + j);
   }
-  return total;
+  return sum_of_lanes<A>(sum);
 }
 
 template <class T>
@@ -138,15 +143,16 @@ void forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, Tensor& out_,
   T* out = write<T>(out_);
   const int64_t work = sizes.block * sizes.keys * sizes.width;
   torch::stable::parallel_for(0, q.batch * q.heads * sizes.blocks, std::max<int64_t>(1, (1 << 20) / work), [&](int64_t first, int64_t last) {
-    Arena<A> arena(q_, sizes.keys * (q.width + sizes.width) + sizes.block * (2 * sizes.width + sizes.keys));
-    A *keys = arena.take(q.width * sizes.keys), *values = arena.take(sizes.keys * sizes.width), *queries = arena.take(sizes.block * sizes.width);
+    Arena<A> arena(q_, sizes.keys * (q.width + 2 * sizes.width) + sizes.block * (2 * sizes.width + sizes.keys));
+    A *key_rows = arena.take(sizes.keys * sizes.width), *keys = arena.take(q.width * sizes.keys), *values = arena.take(sizes.keys * sizes.width), *queries = arena.take(sizes.block * sizes.width);
     A *logits = arena.take(sizes.block * sizes.keys), *result = arena.take(sizes.block * sizes.width);
     int64_t packed = -1;
     for (int64_t i = first; i < last; ++i) {
       const int64_t unit = i / sizes.blocks, b = unit / q.heads, h = unit % q.heads, count = lengths[b];
       const int64_t begin = i % sizes.blocks * sizes.block, rows = std::min(sizes.block, q.rows - begin), tiled = padded(rows, kTileRows);
       if (unit != packed) {
-        k.copy_transposed(b, h, count, keys, sizes.keys);
+        k.copy(b, h, 0, count, 1, key_rows, sizes.width);
+        transpose(key_rows, count, q.width, sizes.width, keys, sizes.keys);
         v.copy(b, h, 0, count, 1, values, sizes.width);
         packed = unit;
       }
@@ -184,8 +190,8 @@ void clear_head(T* to, const Heads<T>& like, int64_t b, int64_t h, int64_t first
 template <class A>
 struct BackwardRoom {
   Arena<A> arena;
-  A *keys, *values, *key_rows;                            // transposed, transposed, as they are
-  A *queries, *grads, *probabilities, *logits, *grad_q;   // one block
+  A *keys, *values, *key_rows;                           // transposed, transposed, as they are
+  A *queries, *grads, *probabilities, *logits, *grad_q;  // one block
   A *grad_k, *grad_v;
 
   BackwardRoom(const Tensor& like, const Sizes<A>& s, int64_t width)
@@ -208,12 +214,15 @@ FD_INLINE void probability_rows(BackwardRoom<A>& room, int64_t rows, int64_t cou
   for (int64_t r = 0; r < rows; ++r) {
     A *p = room.probabilities + r * columns, *g = room.logits + r * columns;
     const A inverse = A(1) / softmax_row(p, count, columns);
-    A expected = 0;
-#pragma omp simd reduction(+ : expected)
-    for (int64_t j = 0; j < columns; ++j) {
-      p[j] *= inverse;
-      expected += p[j] * g[j];
+    Lanes<A> sum{}, u, v;
+    for (int64_t j = 0; j < columns; j += kLanes<A>) {
+      load_lanes(p + j, u);
+      load_lanes(g + j, v);
+      u *= inverse;
+      sum += u * v;
+      store_lanes<A>(u, p + j);
     }
+    const A expected = sum_of_lanes<A>(sum);
 #pragma omp simd
     for (int64_t j = 0; j < columns; ++j) g[j] = logit_gradient(p[j], g[j], expected);
   }
@@ -239,9 +248,10 @@ void backward(
         if (grad_q) clear_head(grad_q, q, b, h, 0);
         continue;
       }
-      k.copy_transposed(b, h, count, room.keys, s.keys);
-      v.copy_transposed(b, h, count, room.values, s.keys);
+      v.copy(b, h, 0, count, 1, room.key_rows, s.width);
+      transpose(room.key_rows, count, q.width, s.width, room.values, s.keys);
       k.copy(b, h, 0, count, 1, room.key_rows, s.width);
+      transpose(room.key_rows, count, q.width, s.width, room.keys, s.keys);
       for (int64_t begin = 0; begin < q.rows; begin += s.block) {
         const int64_t rows = std::min(s.block, q.rows - begin), tiled = padded(rows, kTileRows);
         q.copy(b, h, begin, rows, scale, room.queries, s.width);

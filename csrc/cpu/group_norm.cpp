@@ -203,24 +203,22 @@ FD_INLINE void group_sums(
     const T* grad, const T* x, Acc<T>* grad_z, int64_t count, int64_t positions, Standard<Acc<T>> s, const Acc<T>* gains,
     const Acc<T>* offsets, ChannelSums<double> sums) {
   using A = Acc<T>;
-  alignas(64) A z[kTile];
+  alignas(64) A centred[kTile], z[kTile];
   for (int64_t begin = 0; begin < count; begin += kTile) {
     const int64_t end = std::min(begin + kTile, count);
     for_each_channel(begin, end, positions, [&](int64_t c, int64_t from, int64_t to) {
       const A gain = s.inverse * gains[c], offset = offsets[c], mean = s.mean;
 #pragma omp simd
-      for (int64_t l = from; l < to; ++l) z[l - begin] = (load(x[l]) - mean) * gain + offset;
+      for (int64_t l = from; l < to; ++l) {
+        centred[l - begin] = load(x[l]) - mean;
+        z[l - begin] = centred[l - begin] * gain + offset;
+      }
     });
 #pragma omp simd
     for (int64_t l = begin; l < end; ++l) grad_z[l] = load(grad[l]) * activation_gradient<kSilu>(z[l - begin]);
     for_each_channel(begin, end, positions, [&](int64_t c, int64_t from, int64_t to) {
-      const A mean = s.mean;
-      A plain = 0, product = 0;
-#pragma omp simd reduction(+ : plain, product)
-      for (int64_t l = from; l < to; ++l) {
-        plain += grad_z[l];
-        product += grad_z[l] * (load(x[l]) - mean);
-      }
+      A plain, product;
+      sums_and_products(grad_z + from, centred + (from - begin), to - from, plain, product);
       sums.plain[c] += plain;
       sums.product[c] += product;
     });

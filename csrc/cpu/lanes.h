@@ -34,12 +34,38 @@ FD_INLINE void store_lanes(const Lanes<A>& from, A* to) {
   memcpy(to, &from, kLaneBytes);
 }
 
-template <class A>
-FD_INLINE A sum_of_lanes(const Lanes<A>& lanes) {
-  A total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < kLanes<A>; ++i) total += lanes[i];
-  return total;
+template <class A, int64_t kCount>
+struct Vector {
+  typedef A type __attribute__((vector_size(kCount * sizeof(A))));
+};
+
+// By halves: a compiler that keeps to the order of additions would add one after the other.
+template <class A, int64_t kCount = kLanes<A>>
+FD_INLINE A sum_of_lanes(const typename Vector<A, kCount>::type& v) {
+  if constexpr (kCount == 2) {
+    return v[0] + v[1];
+  } else {
+    typename Vector<A, kCount / 2>::type low, high;
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return sum_of_lanes<A, kCount / 2>(low + high);
+  }
+}
+
+// e^x for x at most 0, as exp of fastdiff/math.h but for results below the normal range, which are zero.
+FD_INLINE void exp_of_nonpositive(const Lanes<float>& x, Lanes<float>& y) {
+  typedef typename Vector<int32_t, kLanes<float>>::type Integers;
+  const Lanes<float> shifted = (x < -87.0f ? Lanes<float>{} - 87.0f : x) * 1.44269504f + 12582912.0f;
+  const Lanes<float> n = shifted - 12582912.0f;
+  const Lanes<float> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  const Lanes<float> p = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040)))))));
+  // p lies in [0.7, 1.42] and the result in the normal range: its exponent takes an addition.
+  const Lanes<float> scaled = (Lanes<float>)((Integers)p + ((Integers)shifted << 23));
+  y = x < -87.0f ? Lanes<float>{} : (x == x ? scaled : x);
+}
+
+FD_INLINE void exp_of_nonpositive(const Lanes<double>& x, Lanes<double>& y) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) y[i] = exp(x[i]);
 }
 
 // The sum of term(x) over count numbers, the term taking lanes or one number; count at most a few thousand.
@@ -63,6 +89,27 @@ FD_INLINE A sum_in_lanes(const A* x, int64_t count, F&& term) {
   A total = sum_of_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; i < count; ++i) total += term(x[i]);
   return total;
+}
+
+// The sums of x and of x y over count numbers, count at most a few thousand.
+template <class A>
+FD_INLINE void sums_and_products(const A* x, const A* y, int64_t count, A& sum, A& product) {
+  constexpr int64_t width = kLanes<A>;
+  Lanes<A> sums{}, products{};
+  int64_t i = 0;
+  for (; i + width <= count; i += width) {
+    Lanes<A> u, v;
+    load_lanes(x + i, u);
+    load_lanes(y + i, v);
+    sums += u;
+    products += u * v;
+  }
+  sum = sum_of_lanes<A>(sums);
+  product = sum_of_lanes<A>(products);
+  for (; i < count; ++i) {
+    sum += x[i];
+    product += x[i] * y[i];
+  }
 }
 
 }  // namespace fastdiff::FASTDIFF_VARIANT

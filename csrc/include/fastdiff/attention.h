@@ -1,16 +1,9 @@
 #pragma once
-// Softmax attention: one logit's probability and gradient.
+// Softmax attention: the gradient of a logit.
 
 #include "fastdiff/macros.h"
-#include "fastdiff/math.h"
 
 namespace fastdiff::FASTDIFF_VARIANT {
-
-// Not yet divided by the row's sum. The row's largest logit is taken off, so that nothing overflows.
-template <class A>
-FD_INLINE A unnormalised_probability(A logit, A largest) {
-  return exp(logit - largest);
-}
 
 // expected: the row's sum of probability times grad_probability.
 template <class A>
