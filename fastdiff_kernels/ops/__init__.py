@@ -1,10 +1,10 @@
 """The public functions, one module a family."""
 
-from ..reference.rotary import qk_norm_rope
 from .attention import attention
 from .distillation import moment_matching_auxiliary_loss, moment_matching_loss, sim_loss
 from .group_norm import group_norm_silu
 from .modulate import gate_residual, gate_residual_norm_modulate, layer_norm_modulate, rms_norm_modulate
+from .rotary import qk_norm_rope
 from .sampling import guided_step, posterior_sample
 from .schedule import incremental_cost, integrate_schedule
 from .score_matching import denoising_loss, lcss_loss, lcss_noise, lcss_perturb

@@ -1,0 +1,108 @@
+"""Normalisation of queries and keys (arXiv 2010.04245) and rotary position embedding (Su et al., arXiv 2104.09864), both in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch  # noqa: F401  (registers the ops)
+from ._checks import check_choice, check_companion_dtype, check_device, check_positive, check_tensor
+
+_qk_norm_rope = torch.ops.fastdiff.qk_norm_rope.default
+
+NORMS = ("rms", "layer", "rms_heads", "layer_heads", "pixel", None)
+_WEIGHTED = ("rms", "layer", "rms_heads", "layer_heads")
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    norm: str | None = "rms",
+    rope: str = "interleaved",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """rotate(norm(x) * weight) for x = q and x = k.
+
+    The norms are "rms", x / sqrt(mean(x^2) + eps), and "layer", (x - mean) / sqrt(variance + eps), over each head; "rms_heads" and
+    "layer_heads", the same over all heads of a token; "pixel", x / (eps + sqrt(mean(x^2))) over each head; and None. The rotation turns
+    each pair (a, b) of a head into (a cos - b sin, a sin + b cos): pairs of neighbours (2i, 2i + 1) for "interleaved", of
+    (i, D/2 + i) for "half".
+
+    Args:
+        q, k: [B, N, H, D], float32, bfloat16, float16 or float64, any strides (parts of one packed projection are read in place). They
+            share B, H and D, and with cos and sin also N.
+        q_weight, k_weight: [D], or [H * D] for norms over all heads; q's dtype or float32; None means ones. The norms
+            "pixel" and None take no weight.
+        cos, sin: [N, D/2] or [B, N, D/2], both alike, q's dtype or float32; D even. None, both of them, means no rotation.
+        norm: as above.
+        rope: "interleaved" or "half"; without cos and sin it has no effect.
+        eps: greater than 0.
+
+    Returns:
+        Two tensors [B, N, H, D] contiguous, q's dtype. Differentiable in all tensors; a gradient for cos or sin is that of the definition
+        in PyTorch, at its speed.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    op = "qk_norm_rope"
+    check_tensor(op, "q", q, dims=4)
+    check_tensor(op, "k", k, dims=4)
+    check_choice(op, "norm", norm, NORMS)
+    check_choice(op, "rope", rope, ("interleaved", "half"))
+    if min(q.shape[2:]) < 1:
+        raise ValueError(f"{op}: q must have at least one head and one channel a head; got shape {tuple(q.shape)}")
+    if (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
+        raise ValueError(f"{op}: k must have the batch, heads and head dimension of q, {tuple(q.shape)}; got {tuple(k.shape)}")
+    if k.dtype != q.dtype:
+        raise TypeError(f"{op}: k must have the dtype of q, {q.dtype}; got {k.dtype}")
+    check_device(op, "k", k, "q", q)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            _check_weight(op, name, weight, norm, q)
+    _check_angles(op, cos, sin, q, k)
+    return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, norm, rope, check_positive(op, "eps", eps))
+
+
+def _check_weight(op: str, name: str, weight: Tensor, norm: str | None, q: Tensor) -> None:
+    if norm not in _WEIGHTED:
+        raise ValueError(f"{op}: {name} must be None for norm={norm!r}, which has no weight")
+    check_tensor(op, name, weight)
+    heads, width = q.shape[2:]
+    size = heads * width if norm.endswith("_heads") else width
+    if weight.shape != (size,):
+        raise ValueError(
+            f"{op}: {name} must have shape ({size},) for norm={norm!r} and q of shape {tuple(q.shape)}; got {tuple(weight.shape)}"
+        )
+    check_companion_dtype(op, name, weight, "q", q)
+    check_device(op, name, weight, "q", q)
+
+
+def _check_angles(op: str, cos: Tensor | None, sin: Tensor | None, q: Tensor, k: Tensor) -> None:
+    if cos is None and sin is None:
+        return
+    if cos is None or sin is None:
+        missing, given = ("cos", "sin") if cos is None else ("sin", "cos")
+        raise ValueError(f"{op}: {missing} must be given beside {given}")
+    batch, rows, _, width = q.shape
+    if width % 2:
+        raise ValueError(f"{op}: q must have an even head dimension to be rotated; got shape {tuple(q.shape)}")
+    if k.shape[1] != rows:
+        raise ValueError(f"{op}: k must have as many rows as q, {rows}, to be rotated by the same angles; got shape {tuple(k.shape)}")
+    for name, x in (("cos", cos), ("sin", sin)):
+        check_tensor(op, name, x)
+        if x.shape not in ((rows, width // 2), (batch, rows, width // 2)):
+            raise ValueError(
+                f"{op}: {name} must have shape ({rows}, {width // 2}) or ({batch}, {rows}, {width // 2}); got {tuple(x.shape)}"
+            )
+        check_companion_dtype(op, name, x, "q", q)
+        check_device(op, name, x, "q", q)
+    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+        raise ValueError(
+            f"{op}: sin must have the shape and dtype of cos, {tuple(cos.shape)} {cos.dtype}; got {tuple(sin.shape)} {sin.dtype}"
+        )
