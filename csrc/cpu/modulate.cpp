@@ -8,8 +8,10 @@
 namespace fastdiff::FASTDIFF_VARIANT {
 namespace {
 
-// Rows over which gradients are summed in float32 before the second stage takes over. Fixed, so that no result depends on threads.
+// Rows over which one task sums gradients before the second stage takes over, and rows whose sum is one term of that: many short sums
+// in float32 round less than a long one. Fixed, so that no result depends on threads.
 constexpr int64_t kRowBlock = 32;
+constexpr int64_t kRowRun = 8;
 // Elements that are worth a task of their own.
 constexpr int64_t kTaskElements = 32768;
 
@@ -309,27 +311,9 @@ class ModulationGradient {
         partial_(summed_ ? blocks.count * channels_ : 0) {}
 
   bool needed() const { return needed_; }
-
-  void start(int64_t block) const {
-    if (summed_) std::memset(partial_.data() + block * channels_, 0, channels_ * sizeof(A));
-  }
-
-  template <class F>
-  void add(int64_t block, int64_t row, const OutputRows<A>& rows, F&& term) const {
-    if (summed_) {
-      A* sums = partial_.data() + block * channels_;
-#pragma omp simd
-      for (int64_t i = 0; i < channels_; ++i) sums[i] += term(i);
-    } else {
-      A* to = rows.at(row);
-#pragma omp simd
-      for (int64_t i = 0; i < channels_; ++i) to[i] = term(i);
-      rows.finish(row);
-    }
-  }
-
-  // Where add() writes when it does not sum; one for each task.
-  OutputRows<A> rows() const { return OutputRows<A>(&out_, channels_); }
+  bool summed() const { return summed_; }
+  const Tensor& out() const { return out_; }
+  A* sums(int64_t block) const { return partial_.data() + block * channels_; }
 
   void finish() const {
     if (!summed_) return;
@@ -359,6 +343,51 @@ class ModulationGradient {
   Buffer<A> partial_;
 };
 
+// One task's hand in a modulation gradient.
+template <class A>
+class ModulationGradientRows {
+ public:
+  ModulationGradientRows(const ModulationGradient<A>& gradient, int64_t channels)
+      : gradient_(gradient), channels_(channels), rows_(gradient.summed() ? nullptr : &gradient.out(), channels) {
+    if (gradient.summed()) clear(rows_.at(0));
+  }
+
+  bool needed() const { return gradient_.needed(); }
+
+  void start(int64_t block) const {
+    if (gradient_.summed()) clear(gradient_.sums(block));
+  }
+
+  template <class F>
+  void add(int64_t row, F&& term) const {
+    A* to = rows_.at(row);
+    if (gradient_.summed()) {
+#pragma omp simd
+      for (int64_t i = 0; i < channels_; ++i) to[i] += term(i);
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < channels_; ++i) to[i] = term(i);
+      rows_.finish(row);
+    }
+  }
+
+  // Ends a run of rows.
+  void flush(int64_t block) const {
+    if (!gradient_.summed()) return;
+    A *run = rows_.at(0), *sums = gradient_.sums(block);
+#pragma omp simd
+    for (int64_t i = 0; i < channels_; ++i) sums[i] += run[i];
+    clear(run);
+  }
+
+ private:
+  void clear(A* row) const { std::memset(row, 0, channels_ * sizeof(A)); }
+
+  const ModulationGradient<A>& gradient_;
+  int64_t channels_;
+  OutputRows<A> rows_;
+};
+
 struct Gradients {
   Tensor x, branch, gate, weight, shift, scale;
 };
@@ -369,50 +398,56 @@ struct Needs {
 
 Tensor gradient_of(const std::optional<Tensor>& argument, bool needed, const Tensor& x) { return needed ? empty_as(*argument) : absent(x); }
 
-// One block of rows at a time: everything about a row happens while it is in the cache.
+// Everything about a row happens while it is in the cache.
 template <class A>
-class BackwardBlock {
+class BackwardTask {
  public:
-  BackwardBlock(
+  BackwardTask(
       const Operands& in, const Shape& shape, const std::optional<Tensor>& grad_hidden, const std::optional<Tensor>& grad_modulated,
       const Gradients& out, const ModulationGradient<A>& gate, const ModulationGradient<A>& weight, const ModulationGradient<A>& shift,
       const ModulationGradient<A>& scale)
       : in_(in),
         shape_(shape),
         normalised_(grad_modulated.has_value()),
-        gate_(gate),
-        weight_(weight),
-        shift_(shift),
-        scale_(scale),
+        gate_(gate, shape.channels),
+        weight_(weight, shape.channels),
+        shift_(shift, shape.channels),
+        scale_(scale, shape.channels),
         hidden_(in, shape),
         factors_(in.weight, in.scale, shape),
         upstream_hidden_(InputRows<A>::optional(grad_hidden, 0, shape)),
         upstream_(InputRows<A>::optional(grad_modulated, 0, shape)),
         grad_x_(&out.x, shape.channels),
         grad_branch_(&out.branch, shape.channels),
-        gate_rows_(gate.rows()),
-        weight_rows_(weight.rows()),
-        shift_rows_(shift.rows()),
-        scale_rows_(scale.rows()),
         room_(shape.channels),
         normal_(shape.channels) {}
 
-  void row(int64_t block, int64_t row) {
+  void rows(int64_t block, int64_t begin, int64_t end) {
+    for (const auto* gradient : modulation()) gradient->start(block);
+    for (int64_t run = begin; run < end; run += kRowRun) {
+      for (int64_t row = run; row < std::min(run + kRowRun, end); ++row) this->row(row);
+      for (const auto* gradient : modulation()) gradient->flush(block);
+    }
+  }
+
+ private:
+  std::array<const ModulationGradientRows<A>*, 4> modulation() const { return {&gate_, &weight_, &shift_, &scale_}; }
+
+  void row(int64_t row) {
     const int64_t b = row / shape_.tokens, n = row % shape_.tokens;
     A* grad = grad_x_.at(row);
     if (normalised_) {
-      through_norm(block, row, b, n, grad);
+      through_norm(row, b, n, grad);
     } else {
       copy(upstream_hidden_.at(b, n), grad);
     }
     grad_x_.finish(row);
-    through_gate(block, row, b, n, grad);
+    through_gate(row, b, n, grad);
   }
 
- private:
   void copy(const A* from, A* to) const { std::memcpy(to, from, shape_.channels * sizeof(A)); }
 
-  void through_norm(int64_t block, int64_t row, int64_t b, int64_t n, A* grad) {
+  void through_norm(int64_t row, int64_t b, int64_t n, A* grad) {
     const int64_t channels = shape_.channels;
     const A* h = hidden_.at(b, n, room_.data());
     const RowStatistics<A> stats = statistics(h, channels, in_.centred, in_.eps);
@@ -420,7 +455,7 @@ class BackwardBlock {
 #pragma omp simd
     for (int64_t i = 0; i < channels; ++i) normal[i] = stats.normalise(h[i]);
     const A *up = upstream_.at(b, n), *factor = factors_.at(b, n), *up_hidden = upstream_hidden_.at(b, n);
-    modulation_gradients(block, row, b, n, up, normal);
+    modulation_gradients(row, b, n, up, normal);
     const A constant = in_.centred ? A(sum_row<A>(channels, [=](int64_t i) { return up[i] * factor[i]; }) / channels) : A(0);
     const A along = A(sum_row<A>(channels, [=](int64_t i) { return up[i] * factor[i] * normal[i]; }) / channels);
     const RowProjections<A> projections{constant, along};
@@ -428,22 +463,22 @@ class BackwardBlock {
     for (int64_t i = 0; i < channels; ++i) grad[i] = up_hidden[i] + norm_input_gradient(up[i] * factor[i], normal[i], stats, projections);
   }
 
-  void modulation_gradients(int64_t block, int64_t row, int64_t b, int64_t n, const A* up, const A* normal) {
-    if (shift_.needed()) shift_.add(block, row, shift_rows_, [=](int64_t i) { return up[i]; });
+  void modulation_gradients(int64_t row, int64_t b, int64_t n, const A* up, const A* normal) {
+    if (shift_.needed()) shift_.add(row, [=](int64_t i) { return up[i]; });
     if (scale_.needed()) {
       const A* weight = factors_.weight.at(b, n);
-      scale_.add(block, row, scale_rows_, [=](int64_t i) { return up[i] * normal[i] * weight[i]; });
+      scale_.add(row, [=](int64_t i) { return up[i] * normal[i] * weight[i]; });
     }
     if (weight_.needed()) {
       const A* scale = factors_.scale.at(b, n);
-      weight_.add(block, row, weight_rows_, [=](int64_t i) { return up[i] * normal[i] * (1 + scale[i]); });
+      weight_.add(row, [=](int64_t i) { return up[i] * normal[i] * (1 + scale[i]); });
     }
   }
 
-  void through_gate(int64_t block, int64_t row, int64_t b, int64_t n, const A* grad) {
+  void through_gate(int64_t row, int64_t b, int64_t n, const A* grad) {
     if (gate_.needed()) {
       const A* branch = hidden_.branch.at(b, n);
-      gate_.add(block, row, gate_rows_, [=](int64_t i) { return grad[i] * branch[i]; });
+      gate_.add(row, [=](int64_t i) { return grad[i] * branch[i]; });
     }
     if (grad_branch_.wanted()) {
       const A* gate = hidden_.gate.at(b, n);
@@ -457,11 +492,11 @@ class BackwardBlock {
   const Operands& in_;
   const Shape& shape_;
   bool normalised_;
-  const ModulationGradient<A>&gate_, &weight_, &shift_, &scale_;
+  ModulationGradientRows<A> gate_, weight_, shift_, scale_;
   HiddenRows<A> hidden_;
   FactorRows<A> factors_;
   InputRows<A> upstream_hidden_, upstream_;
-  OutputRows<A> grad_x_, grad_branch_, gate_rows_, weight_rows_, shift_rows_, scale_rows_;
+  OutputRows<A> grad_x_, grad_branch_;
   Buffer<A> room_, normal_;
 };
 
@@ -479,11 +514,8 @@ void backward_into(
   const ModulationGradient<A> scale(out.scale, in.scale, needs.scale, shape, blocks);
   const int64_t block_elements = std::max<int64_t>(1, std::min(kRowBlock, blocks.segment) * shape.channels);
   torch::stable::parallel_for(0, blocks.count, std::max<int64_t>(1, kTaskElements / block_elements), [&](int64_t first, int64_t last) {
-    BackwardBlock<A> task(in, shape, grad_hidden, grad_modulated, out, gate, weight, shift, scale);
-    for (int64_t block = first; block < last; ++block) {
-      for (const auto* gradient : {&gate, &weight, &shift, &scale}) gradient->start(block);
-      for (int64_t row = blocks.begin(block); row < blocks.end(block); ++row) task.row(block, row);
-    }
+    BackwardTask<A> task(in, shape, grad_hidden, grad_modulated, out, gate, weight, shift, scale);
+    for (int64_t block = first; block < last; ++block) task.rows(block, blocks.begin(block), blocks.end(block));
   });
   for (const auto* gradient : {&gate, &weight, &shift, &scale}) gradient->finish();
 }
