@@ -25,7 +25,8 @@ def test_third_order_difference(compare, shape, dtype):
         "compile": lambda: compiled(*latents),
         "ours": lambda: ops.third_order_difference(*latents),
     }
-    compare(f"third_order_difference {shape} {dtype}", "forward", variants, truth)
+    # Inductor sums less exactly than eager does.
+    compare(f"third_order_difference {shape} {dtype}", "forward", variants, truth, factor=8.0)
 
 
 def test_third_order_skip(compare):

@@ -366,3 +366,32 @@ def test_compiles_into_one_graph():
 
     inputs, sigmas = network_outputs(5, 20), torch.linspace(2, 1, 6)
     assert_bitwise(optimise(*inputs, sigmas), ops.integrate_schedule(sigmas, ops.incremental_cost(*inputs, 0.1, 0.2), 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 4, 7, 3), (2, 16385), (6,), (0, 5), (2, 0)])
+def test_gpu_costs_agree_with_the_definition(shape, dtype, name):
+    inputs = [x.cuda() for x in network_outputs(*shape, dtype=dtype)]
+    with backend("reference"):
+        truth = ops.incremental_cost(*[x.double() for x in inputs], 0.5, 2.0)
+    with backend(name):
+        cost = ops.incremental_cost(*inputs, 0.5, 2.0)
+    torch.testing.assert_close(cost.double(), truth, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
+
+
+@pytest.mark.gpu
+@INTERPOLATIONS
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize(("intervals", "num_steps"), [*SIZES, (1_000_000, 100)])
+def test_gpu_levels_agree_with_the_definition(intervals, num_steps, name, interpolation):
+    sigmas, costs = (x.cuda() for x in schedules(intervals, 2))
+    with backend("reference"):
+        expected = ops.integrate_schedule(sigmas, costs, num_steps, interpolation=interpolation)
+    with backend(name):
+        levels = ops.integrate_schedule(sigmas, costs, num_steps, interpolation=interpolation)
+        torch.testing.assert_close(levels, expected, rtol=1e-9, atol=0)
+        bad = torch.stack((sigmas[0], sigmas[0].roll(1) if intervals > 1 else torch.ones_like(sigmas[0])))
+        rows = ops.integrate_schedule(bad, costs, num_steps, interpolation=interpolation).isnan().all(-1)
+    assert rows.tolist() == [False, True]

@@ -207,3 +207,21 @@ def test_compiles_into_one_graph():
     inputs = latents(3, 20)
     third, last = ops.third_order_difference(*inputs)
     assert_bitwise(decide(*inputs, torch.tensor(0.5)), (ops.third_order_skip(third, last, third, 0.5), third))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 5), (2, 0)])
+def test_gpu_kernels_agree_with_the_definition(shape, dtype, name):
+    inputs = [x.cuda() for x in latents(*shape, dtype=dtype)]
+    threshold = torch.tensor(0.3, device="cuda")
+    with backend("reference"):
+        expected = ops.third_order_difference(*[x.double() for x in inputs])
+        decision = ops.third_order_skip(*inputs[:3], threshold)
+    with backend(name):
+        means = ops.third_order_difference(*inputs)
+        assert_bitwise(ops.third_order_skip(*inputs[:3], threshold), decision)
+    for mean, truth in zip(means, expected, strict=True):
+        rounding = 1e-12 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(mean.double(), truth, rtol=rounding, atol=0, equal_nan=True)
