@@ -205,13 +205,14 @@ def _shared(operand: Tensor | None, tokens: int) -> bool:
 def _forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     norm: str | None, eps: float,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """(x + gate * branch or None without a branch, its modulated norm or None without a norm)."""
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """x + gate * branch where there is a branch, and the modulated norm where there is one."""
     batch, tokens, channels = x.shape
     hidden = None if branch is None else x.new_empty(x.shape)
     modulated = None if norm is None else x.new_empty(x.shape)
+    outputs = tuple(out for out in (hidden, modulated) if out is not None)
     if x.numel() == 0:
-        return hidden, modulated
+        return outputs
     operands = (_unit_stride(x), _unit_stride(branch), gate, weight, shift, scale)
     rows, block = _rows_per_program(tokens), _block(channels)
     launch(
@@ -220,7 +221,7 @@ def _forward(
         EPS=eps, CENTRED=norm == "layer", SHARED=all(_shared(o, tokens) for o in (gate, shift, scale)), ROWS=rows, BLOCK=block,
         num_warps=_warps(block),
     )  # fmt: skip
-    return hidden, modulated
+    return outputs
 
 
 def _backward(
@@ -232,8 +233,9 @@ def _backward(
     batch, tokens, channels = x.shape
     rows, block = _rows_per_program(tokens), _block(channels)
     programs = batch * triton.cdiv(tokens, rows)
-    arguments = {"x": x, "branch": branch, "gate": gate, "weight": weight, "shift": shift, "scale": scale}
-    summed = {name for name in ("gate", "weight", "shift", "scale") if _is_summed(name, arguments[name], tokens)}
+    named = {"x": x, "branch": branch, "gate": gate, "weight": weight, "shift": shift, "scale": scale}
+    arguments = {name: argument for name, argument in named.items() if argument is not None}
+    summed = {name for name, argument in arguments.items() if _shared(argument, tokens)} - {"x", "branch"} | {"weight"}
     # Where the kernel writes: the gradient itself, or partial sums of it.
     written = {
         name: x.new_empty((programs, channels), dtype=compute_dtype(x)) if name in summed else argument.new_empty(argument.shape)
@@ -249,10 +251,6 @@ def _backward(
             ROWS=rows, BLOCK=block, ACCUMULATOR=tl.float64 if x.dtype == torch.float64 else tl.float32, num_warps=_warps(block),
         )  # fmt: skip
     return {name: _total(out, arguments[name]) if name in summed else out for name, out in written.items()}
-
-
-def _is_summed(name: str, argument: Tensor | None, tokens: int) -> bool:
-    return argument is not None and (name == "weight" or _shared(argument, tokens))
 
 
 def _total(partial: Tensor, argument: Tensor) -> Tensor:
@@ -276,7 +274,7 @@ def _in_order(grads: dict[str, Tensor], like: Tensor, names: Sequence[str]) -> t
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return _forward(x, None, None, None, shift, scale, "layer", eps)[1]
+    return _forward(x, None, None, None, shift, scale, "layer", eps)[0]
 
 
 def layer_norm_modulate_backward(
@@ -288,7 +286,7 @@ def layer_norm_modulate_backward(
 
 
 def rms_norm_modulate(x: Tensor, weight: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
-    return _forward(x, None, None, weight, shift, scale, "rms", eps)[1]
+    return _forward(x, None, None, weight, shift, scale, "rms", eps)[0]
 
 
 def rms_norm_modulate_backward(
@@ -312,7 +310,8 @@ def gate_residual_backward(grad: Tensor, residual: Tensor, branch: Tensor, gate:
 def gate_residual_norm_modulate(
     residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return _forward(residual, branch, gate, None, shift, scale, norm, eps)
+    hidden, modulated = _forward(residual, branch, gate, None, shift, scale, norm, eps)
+    return hidden, modulated
 
 
 def gate_residual_norm_modulate_backward(
