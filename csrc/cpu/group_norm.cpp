@@ -180,7 +180,7 @@ void forward_planes(const T* x, T* y, const Layout& layout, const Affine<Acc<T>>
       for (int64_t begin = 0; begin < count; begin += kTile) {
         const int64_t end = std::min(begin + kTile, count);
         for_each_channel(begin, end, layout.positions, [&](int64_t c, int64_t from, int64_t to) {
-          const A gain = s.inverse * gains[c], offset = offsets[c];
+          const A gain = static_cast<A>(s.inverse * gains[c]), offset = offsets[c];
 #pragma omp simd
           for (int64_t l = from; l < to; ++l) z[l - begin] = (load(in[l]) - mean) * gain + offset;
         });
@@ -192,22 +192,21 @@ void forward_planes(const T* x, T* y, const Layout& layout, const Affine<Acc<T>>
 }
 
 // Sums over a sample's channel, [B, C]: of grad_z, and of grad_z times the normalised values.
-template <class A>
 struct ChannelSums {
-  A *plain, *product;
+  double *plain, *product;
 };
 
 // Writes a group's grad_z, and its channels' sums of grad_z and of grad_z (x - mean).
 template <bool kSilu, class T>
 FD_INLINE void group_sums(
     const T* grad, const T* x, Acc<T>* grad_z, int64_t count, int64_t positions, Standard<Acc<T>> s, const Acc<T>* gains,
-    const Acc<T>* offsets, ChannelSums<double> sums) {
+    const Acc<T>* offsets, ChannelSums sums) {
   using A = Acc<T>;
   alignas(64) A centred[kTile], z[kTile];
   for (int64_t begin = 0; begin < count; begin += kTile) {
     const int64_t end = std::min(begin + kTile, count);
     for_each_channel(begin, end, positions, [&](int64_t c, int64_t from, int64_t to) {
-      const A gain = s.inverse * gains[c], offset = offsets[c], mean = s.mean;
+      const A gain = static_cast<A>(s.inverse * gains[c]), offset = offsets[c], mean = s.mean;
 #pragma omp simd
       for (int64_t l = from; l < to; ++l) {
         centred[l - begin] = load(x[l]) - mean;
@@ -228,31 +227,29 @@ FD_INLINE void group_sums(
 template <bool kSilu, class T>
 void backward_planes(
     const T* grad, const T* x, T* grad_x, const Tensor& like, const Layout& layout, const Affine<Acc<T>>& affine, double eps,
-    ChannelSums<Acc<T>> sums) {
+    ChannelSums sums) {
   using A = Acc<T>;
   for_each_group(layout, [&, grad, x, grad_x](int64_t first, int64_t last) {
     const int64_t positions = layout.positions, width = layout.group_channels(), count = layout.group_elements();
     Scratch<A> grad_z(like, count);
-    Scratch<double> channel_sums(like, 2 * width);
-    double *plain = channel_sums.data, *product = plain + width;
     for (int64_t i = first; i < last; ++i) {
       const T* in = x + i * count;
       const Standard<A> s = standard<A>(moments(in, count), eps);
       const A *gains = affine.gain.data + i * width, *offsets = affine.offset.data + i * width;
-      std::fill(plain, plain + 2 * width, 0.0);
+      double *plain = sums.plain + i * width, *product = sums.product + i * width;
+      std::fill(plain, plain + width, 0.0);
+      std::fill(product, product + width, 0.0);
       group_sums<kSilu>(grad + i * count, in, grad_z.data, count, positions, s, gains, offsets, {plain, product});
       double sum = 0, weighted = 0;
       for (int64_t c = 0; c < width; ++c) {
         product[c] *= s.inverse;
-        sums.plain[i * width + c] = static_cast<A>(plain[c]);
-        sums.product[i * width + c] = static_cast<A>(product[c]);
         sum += gains[c] * plain[c];
         weighted += gains[c] * product[c];
       }
       if (grad_x == nullptr) continue;
       const GroupGradient<A> g = group_gradient<A>(sum, weighted, double(count), s.inverse);
       for_each_channel(0, count, positions, [&](int64_t c, int64_t from, int64_t to) {
-        const A gain = s.inverse * gains[c], mean = s.mean;
+        const A gain = static_cast<A>(s.inverse * gains[c]), mean = s.mean;
         const A* dz = grad_z.data;
         T* out = grad_x + i * count;
 #pragma omp simd
@@ -262,20 +259,21 @@ void backward_planes(
   });
 }
 
-// The positions of a sample in pieces of some rows each.
+// The positions of a sample in pieces of some rows each: few, since a channel's sum over them is a chain of additions.
 struct Pieces {
   int64_t rows, count;
 
-  explicit Pieces(const Layout& layout) : rows(std::clamp<int64_t>(kChunk / layout.channels, 8, 512)), count((layout.positions + rows - 1) / rows) {}
+  explicit Pieces(const Layout& layout) : rows(std::clamp<int64_t>(kChunk / layout.channels, 8, 32)), count((layout.positions + rows - 1) / rows) {}
 
-  // Calls range(b, piece, first row, number of rows) for every piece of every sample, in parallel.
-  template <class F>
-  void for_each(const Layout& layout, F&& body) const {
+  // Calls body(b, piece, first row, number of rows, room) for every piece of every sample, in parallel; room is the thread's own.
+  template <class A, class F>
+  void for_each(const Tensor& like, const Layout& layout, int64_t room, F&& body) const {
     const int64_t grain = std::max<int64_t>(1, 2 * kChunk / (std::min(rows, std::max<int64_t>(layout.positions, 1)) * layout.channels));
     torch::stable::parallel_for(0, layout.batch * count, grain, [&](int64_t begin, int64_t end) {
+      const Scratch<A> scratch(like, room);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t piece = i % count, first = piece * rows;
-        body(i / count, piece, first, std::min(rows, layout.positions - first));
+        body(i / count, piece, first, std::min(rows, layout.positions - first), scratch.data);
       }
     });
   }
@@ -284,7 +282,8 @@ struct Pieces {
 // What turns x into z beside the affine's offset: z = (x - mean) * gain + offset. Arrays [B, C]; inverse [B, groups].
 template <class A>
 struct Coefficients {
-  Scratch<A> mean, gain, inverse;
+  Scratch<A> mean, gain;
+  Scratch<double> inverse;
 
   Coefficients(const Tensor& like, const Layout& layout)
       : mean(like, layout.batch * layout.channels), gain(like, layout.batch * layout.channels), inverse(like, layout.batch * layout.groups) {}
@@ -326,10 +325,9 @@ Coefficients<Acc<T>> row_coefficients(
   using A = Acc<T>;
   const T* x = read<T>(input);
   std::vector<Moments> partial(layout.batch * pieces.count * layout.groups);
-  pieces.for_each(layout, [&](int64_t b, int64_t piece, int64_t first, int64_t rows) {
-    Scratch<A> room(input, 2 * layout.channels);
+  pieces.for_each<A>(input, layout, 2 * layout.channels, [&](int64_t b, int64_t piece, int64_t first, int64_t rows, A* room) {
     const T* begin = x + b * layout.sample_elements() + first * layout.channels;
-    piece_moments(begin, rows, layout, room.data, &partial[(b * pieces.count + piece) * layout.groups]);
+    piece_moments(begin, rows, layout, room, &partial[(b * pieces.count + piece) * layout.groups]);
   });
   Coefficients<A> result(input, layout);
   const int64_t width = layout.group_channels();
@@ -342,7 +340,7 @@ Coefficients<Acc<T>> row_coefficients(
       for (int64_t c = g * width; c < (g + 1) * width; ++c) {
         const int64_t at = b * layout.channels + c;
         result.mean.data[at] = s.mean;
-        result.gain.data[at] = s.inverse * affine.gain.data[at];
+        result.gain.data[at] = static_cast<A>(s.inverse * affine.gain.data[at]);
       }
     }
   }
@@ -355,7 +353,7 @@ void forward_rows(const Tensor& input, T* y, const Layout& layout, const Affine<
   const T* x = read<T>(input);
   const Pieces pieces(layout);
   const Coefficients<A> k = row_coefficients<T>(input, layout, pieces, affine, eps);
-  pieces.for_each(layout, [&, x, y](int64_t b, int64_t, int64_t first, int64_t rows) {
+  pieces.for_each<A>(input, layout, 0, [&, x, y](int64_t b, int64_t, int64_t first, int64_t rows, A*) {
     const int64_t channels = layout.channels;
     const A *mean = k.mean.data + b * channels, *gain = k.gain.data + b * channels, *offset = affine.offset.data + b * channels;
     for (int64_t r = first; r < first + rows; ++r) {
@@ -373,7 +371,7 @@ void row_sums(
     const T* grad, const T* x, Acc<T>* grad_z, const Layout& layout, const Pieces& pieces, const Affine<Acc<T>>& affine,
     const Coefficients<Acc<T>>& k, Acc<T>* partial) {
   using A = Acc<T>;
-  pieces.for_each(layout, [&, grad, x, grad_z](int64_t b, int64_t piece, int64_t first, int64_t rows) {
+  pieces.for_each<A>(k.mean.tensor, layout, 0, [&, grad, x, grad_z](int64_t b, int64_t piece, int64_t first, int64_t rows, A*) {
     const int64_t channels = layout.channels;
     const A *mean = k.mean.data + b * channels, *gain = k.gain.data + b * channels, *offset = affine.offset.data + b * channels;
     A *plain = partial + (b * pieces.count + piece) * 2 * channels, *product = plain + channels;
@@ -396,7 +394,7 @@ void row_sums(
 
 template <bool kSilu, class T>
 void backward_rows(
-    const T* grad, const Tensor& input, T* grad_x, const Layout& layout, const Affine<Acc<T>>& affine, double eps, ChannelSums<Acc<T>> sums) {
+    const T* grad, const Tensor& input, T* grad_x, const Layout& layout, const Affine<Acc<T>>& affine, double eps, ChannelSums sums) {
   using A = Acc<T>;
   const T* x = read<T>(input);
   const Pieces pieces(layout);
@@ -408,7 +406,7 @@ void backward_rows(
   Scratch<A> slopes(input, layout.batch * channels), constants(input, layout.batch * channels);
   for (int64_t b = 0; b < layout.batch; ++b) {
     for (int64_t g = 0; g < layout.groups; ++g) {
-      const A inverse = k.inverse.data[b * layout.groups + g];
+      const double inverse = k.inverse.data[b * layout.groups + g];
       double group_sum = 0, group_product = 0;
       for (int64_t c = g * width; c < (g + 1) * width; ++c) {
         double plain = 0, product = 0;
@@ -418,8 +416,8 @@ void backward_rows(
           product += piece[channels + c];
         }
         product *= inverse;
-        sums.plain[b * channels + c] = static_cast<A>(plain);
-        sums.product[b * channels + c] = static_cast<A>(product);
+        sums.plain[b * channels + c] = plain;
+        sums.product[b * channels + c] = product;
         group_sum += affine.gain.data[b * channels + c] * plain;
         group_product += affine.gain.data[b * channels + c] * product;
       }
@@ -429,7 +427,7 @@ void backward_rows(
     }
   }
   if (grad_x == nullptr) return;
-  pieces.for_each(layout, [&, x, grad_x](int64_t b, int64_t, int64_t first, int64_t rows) {
+  pieces.for_each<A>(input, layout, 0, [&, x, grad_x](int64_t b, int64_t, int64_t first, int64_t rows, A*) {
     const A *mean = k.mean.data + b * channels, *gain = k.gain.data + b * channels;
     const A *slope = slopes.data + b * channels, *constant = constants.data + b * channels;
     for (int64_t r = first; r < first + rows; ++r) {
@@ -515,7 +513,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
     using A = Acc<T>;
     const Affine<A> affine(x, layout, weight, bias, scale, shift);
     T* out = needs[0] ? write<T>(grad_x) : nullptr;
-    Scratch<A> plain(x, layout.batch * layout.channels), product(x, layout.batch * layout.channels);
+    Scratch<double> plain(x, layout.batch * layout.channels), product(x, layout.batch * layout.channels);
     with_activation(activation, [&](auto silu) {
       if (layout.rows) {
         backward_rows<silu()>(read<T>(upstream), input, out, layout, affine, eps, {plain.data, product.data});
@@ -525,10 +523,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
     });
     const auto at = [&](int64_t b, int64_t c) { return b * layout.channels + c; };
     if (needs[1]) {
-      grad_weight = over_batch(weight, layout, [&](int64_t b, int64_t c) { return (A(1) + affine.scale(b, c)) * product.data[at(b, c)]; });
+      grad_weight = over_batch(weight, layout, [&](int64_t b, int64_t c) { return (1.0 + affine.scale(b, c)) * product.data[at(b, c)]; });
     }
     if (needs[2]) {
-      grad_bias = over_batch(bias, layout, [&](int64_t b, int64_t c) { return (A(1) + affine.scale(b, c)) * plain.data[at(b, c)]; });
+      grad_bias = over_batch(bias, layout, [&](int64_t b, int64_t c) { return (1.0 + affine.scale(b, c)) * plain.data[at(b, c)]; });
     }
     if (needs[3]) {
       grad_scale = per_channel(scale, layout, [&](int64_t b, int64_t c) {

@@ -65,7 +65,9 @@ FD_INLINE void exp_of_nonpositive(const Lanes<float>& x, Lanes<float>& y) {
 }
 
 FD_INLINE void exp_of_nonpositive(const Lanes<double>& x, Lanes<double>& y) {
-  for (int64_t i = 0; i < kLanes<double>; ++i) y[i] = exp(x[i]);
+  Lanes<double> powers{};
+  for (int64_t i = 0; i < kLanes<double>; ++i) powers[i] = exp(x[i]);
+  y = powers;
 }
 
 // The sum of term(x) over count numbers, the term taking lanes or one number; count at most a few thousand.

@@ -19,12 +19,14 @@ FD_INLINE Moments merged(Moments a, Moments b) {
 
 template <class A>
 struct Standard {
-  A mean, inverse;  // inverse: 1 / sqrt(variance + eps)
+  A mean;
+  double inverse;  // 1 / sqrt(variance + eps)
 };
 
 template <class A>
 FD_INLINE Standard<A> standard(Moments m, double eps) {
-  return {static_cast<A>(m.mean), static_cast<A>(1 / std::sqrt(m.squares / m.count + eps))};
+  const double variance = m.count > 0 ? m.squares / m.count : 0;
+  return {static_cast<A>(m.mean), 1 / std::sqrt(variance + eps)};
 }
 
 template <bool kSilu, class A>
@@ -46,7 +48,7 @@ struct GroupGradient {
 };
 
 template <class A>
-FD_INLINE GroupGradient<A> group_gradient(double sum, double product, double count, A inverse) {
+FD_INLINE GroupGradient<A> group_gradient(double sum, double product, double count, double inverse) {
   return {static_cast<A>(-product / count * inverse * inverse), static_cast<A>(-sum / count * inverse)};
 }
 
