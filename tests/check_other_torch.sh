@@ -17,4 +17,4 @@ environment=${ENVIRONMENT:-$(mktemp -d)}
 "$environment/bin/python" -m pip install --quiet --disable-pip-version-check "$torch" numpy
 # Nothing is compiled here: the package's files, the finished library among them, are used where they are.
 cd "$root"
-PYTHONPATH=$root "$environment/bin/python" -W error::RuntimeWarning tests/other_torch.py
+PYTHONPATH=$root "$environment/bin/python" -W error::RuntimeWarning -m tests.other_torch
