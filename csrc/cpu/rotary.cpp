@@ -132,7 +132,7 @@ void normalise(A* x, int64_t size, const A* weight, const Norm& norm) {
 
 // Turns grad, that of a run's normalised and weighted values, into that of x; adds to the weight's gradient.
 template <class A>
-void normalise_backward(A* grad, A* x, int64_t size, const A* weight, const Norm& norm, A* grad_weight) {
+void normalise_backward(A* grad, A* x, int64_t size, const A* weight, const Norm& norm, double* grad_weight) {
   const Run<A> run = measure(x, size, norm);
   const A factor = run.factor;
   if (grad_weight) {
@@ -186,9 +186,9 @@ void backward(
   const TokensOf<T> grad(grad_), x(x_);
   const Table<A> weight(weight_);
   const int64_t elements = x.elements(), size = norm.over_heads ? elements : x.width, chunks = (x.count() + kTokens - 1) / kTokens;
-  Tensor partial = torch::stable::new_empty(x_, {grad_weight ? chunks * size : 0}, kDtype<A>);
-  A* sums = grad_weight ? write<A>(partial) : nullptr;
-  if (sums) std::fill(sums, sums + chunks * size, A(0));
+  Tensor partial = torch::stable::new_empty(x_, {grad_weight ? chunks * size : 0}, ScalarType::Double);
+  double* sums = grad_weight ? write<double>(partial) : nullptr;
+  if (sums) std::fill(sums, sums + chunks * size, 0.0);
   for_each_token<A>(x_, x.count(), elements, 2, [&](int64_t token, A* grads) {
     A* values = grads + elements;
     grad.load_token(token, grads);
@@ -196,7 +196,7 @@ void backward(
     if (cosines.data()) rotate_token(grads, x.heads, x.width, cosines.row(b, n), sines.row(b, n), norm.half, true);
     if (norm.any) {
       x.load_token(token, values);
-      A* chunk = sums ? sums + token / kTokens * size : nullptr;
+      double* chunk = sums ? sums + token / kTokens * size : nullptr;
       for (int64_t i = 0; i < elements; i += size) normalise_backward(grads + i, values + i, size, weight.data(), norm, chunk);
     }
     if (grad_x == nullptr) return;

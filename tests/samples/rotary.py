@@ -19,8 +19,6 @@ def _qk_norm_rope(dtype, device):
         (q, k, q_heads, k_heads, angles.cos(), angles.sin(), "layer_heads", "half", EPS),
         (q, k[:, :2], q_weight, None, None, None, "layer", "interleaved", EPS),
         (q, k, None, None, angle.cos(), angle.sin(), "pixel", "half", EPS),
-        (q, k, None, k_heads, None, None, "rms_heads", "half", EPS),
-        (q, k, None, None, angles.cos(), angles.sin(), None, "interleaved", EPS),
     ]
 
 
