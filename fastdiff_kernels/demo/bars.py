@@ -46,7 +46,7 @@ def compute_bars(rows: dict[str, dict], floor: float, schedule_steps: tuple[int,
         limit = 0.75 if steps == fewest else 1.05
         ratio = distance(f"optimised_{steps}") / distance(f"karras_{steps}")
         bars.append(Bar(f"optimised / Karras schedule, {steps} steps", ratio, limit))
-    adaptive = rows["adaptive_hold"]  # the published rule; extrapolation is this library's addition
+    adaptive = rows["adaptive_linspace_hold"]  # the published rule on the published kind of grid
     bars += [
         Bar("AdaptiveSkip network calls", adaptive["calls"], 20),
         Bar("AdaptiveSkip PSNR (dB)", adaptive["psnr"], 30.0, at_most=False),

@@ -20,6 +20,7 @@ class Verdict:
 
     frechet: float
     frechet_std: float
+    sets: int
     calls: int
     ms_per_sample: float
     samples: Tensor
@@ -63,10 +64,10 @@ class Judge:
             raise ValueError(f"samples: got {samples.shape[0]}; expected {len(self.labels)}, one for each held-out image")
         return frechet_distance(self.extractor.features(samples), self.held_out_features)
 
-    def judge(self, sampler: Callable[[Tensor, int], tuple[Tensor, int]]) -> Verdict:
+    def judge(self, sampler: Callable[[Tensor, int], tuple[Tensor, int]], sets: int | None = None) -> Verdict:
         """`sampler(noise, index of the set)` -> (samples, network calls), judged on every set; the fastest set gives the time."""
         distances, seconds, calls, drawn = [], [], [], []
-        for index in range(self.sets):
+        for index in range(self.sets if sets is None else sets):
             noise = self.noise(index)
             start = time.perf_counter()
             samples, nfe = sampler(noise, index)
@@ -75,12 +76,11 @@ class Judge:
             distances.append(self.frechet(samples))
             drawn.append(samples)
         ms_per_sample = 1e3 * min(seconds) / len(self.labels)
-        return Verdict(float(np.mean(distances)), float(np.std(distances)), max(calls), ms_per_sample, drawn[0])
+        return Verdict(float(np.mean(distances)), float(np.std(distances)), len(distances), max(calls), ms_per_sample, drawn[0])
 
     def summary(self) -> dict[str, object]:
         return {
             "samples_per_set": len(self.labels),
-            "sets": self.sets,
             "label_counts": self.labels.bincount(minlength=self.data.num_classes).tolist(),
             "floor": self.floor,
             "floor_over_splits_mean": float(np.mean(self.floor_over_splits)),

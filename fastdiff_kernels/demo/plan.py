@@ -47,19 +47,20 @@ def predict(settings: Settings, data: ImageData, samples: int) -> dict[str, floa
     def training(kind: str, plan: Training) -> float:
         return plan.steps * plan.batch_size * STEP_COST[kind] * train_seconds
 
-    def judged(calls: float) -> float:
-        return calls * settings.frechet_sets * call_seconds
+    def judged(calls: float, sets: int = settings.frechet_sets) -> float:
+        return calls * sets * call_seconds
 
     heun = sum(2 * steps - 1 for steps in settings.schedule_steps)
-    few = 2 * sum(FEW_CALLS) - 1
-    skip_calls = settings.skip_steps + 6 * 20  # about 20 calls for each of two rules and their two baselines
+    few = sum(FEW_CALLS) + sum(calls for calls in FEW_CALLS if calls > 2)
+    # Each grid is run in full, each rule and its two baselines with about 16 calls.
+    skip_calls = settings.skip_steps * len({grid for grid, _ in settings.skip_trials}) + 3 * 16 * len(settings.skip_trials)
     plan = {
         "teacher": training("score", settings.teacher) + judged(2 * settings.teacher_steps - 1),
         "lcss": training("score", settings.lcss) + judged(2 * settings.teacher_steps - 1),
-        "schedule": judged(2 * heun + few) + settings.schedule_knots * 128 / samples * call_seconds,
+        "schedule": judged(2 * heun) + judged(few, settings.few_call_sets) + settings.schedule_knots * 128 / samples * call_seconds,
         "skipping": judged(skip_calls),
-        "sim": training("sim", settings.sim) + judged(1),
+        "sim": training("sim", settings.sim) + judged(1, settings.few_call_sets),
     }
     for steps in settings.moment_matching_steps:
-        plan[f"moment_matching_{steps}"] = training("moment_matching", settings.moment_matching) + judged(steps)
+        plan[f"moment_matching_{steps}"] = training("moment_matching", settings.moment_matching) + judged(steps, settings.few_call_sets)
     return plan

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import figures
-from .stages import Bench
+from .settings import Settings
+from .stages import GRIDS, Bench
 from .tables import bars_table, results_table, times_table
 
 STYLE = """
@@ -44,12 +45,21 @@ def _titles(bench: Bench) -> dict[str, str]:
         "lcss": "Teacher (LCSS)",
         f"karras_{few}": f"Karras schedule, {few} steps",
         f"optimised_{few}": f"Optimised schedule, {few} steps",
-        "full": f"All {settings.skip_steps} steps",
-        "adaptive_hold": "AdaptiveSkip",
-        "adaptive_extrapolate": "AdaptiveSkip, extrapolating",
-        "sim": "SIM",
     }
-    return titles | {f"moment_matching_{k}": f"Moment matching, k={k}" for k in sorted(settings.moment_matching_steps)}
+    for grid, reuse in settings.skip_trials:
+        titles[f"full_{grid}"] = f"All {settings.skip_steps} steps, {GRIDS[grid]}"
+        titles[f"adaptive_{grid}_{reuse}"] = f"AdaptiveSkip, {reuse}, {GRIDS[grid]}"
+    return titles | {
+        "sim": "SIM",
+        **{f"moment_matching_{k}": f"Moment matching, k={k}" for k in sorted(settings.moment_matching_steps)},
+    }
+
+
+def _overview_names(settings: Settings) -> set[str]:
+    """The twelve grids that one picture shows."""
+    few, grid = min(settings.schedule_steps), settings.skip_trials[0][0]
+    chosen = {"held_out", "teacher", "lcss", f"karras_{few}", f"optimised_{few}", f"full_{grid}", "sim"}
+    return chosen | {f"adaptive_{grid}_{settings.skip_trials[0][1]}"} | {f"moment_matching_{k}" for k in settings.moment_matching_steps}
 
 
 def _held_out_grid(bench: Bench) -> Tensor:
@@ -84,7 +94,7 @@ def write_figures(bench: Bench, metrics: dict, out: Path) -> dict[str, tuple[str
     for name, title in _titles(bench).items():
         figures.save_grid(bench.data, grids[name], settings.grid_rows, out / f"samples_{name}.png")
         captions[name] = (title, _subtitle(name, rows))
-    panels = [(*captions[name], grids[name]) for name in captions if name != "adaptive_extrapolate"]
+    panels = [(*captions[name], grids[name]) for name in captions if name in _overview_names(settings)]
     figures.overview(bench.data, panels, settings.grid_rows, out / "overview.png")
     schedule = bench.results["schedule"]
     figures.schedule_plot(schedule.details, rows, settings.schedule_steps, out / "schedule.png")
@@ -130,9 +140,10 @@ def _sections(metrics: dict, captions: dict[str, tuple[str, str]], out: Path) ->
     accuracy, count = held_out["feature_extractor_held_out_accuracy"], held_out["samples_per_set"]
     judged = (
         f"Fréchet distance on {metrics['num_features']} features of a small classifier, trained on the training images alone "
-        f"(held-out accuracy {accuracy:.3f}), against {count} held-out images. Every row is the mean over {held_out['sets']} "
-        "sample sets, each with the same number of images and the same labels as the held-out images. The floor is the distance of "
-        f"that many training images. Times are of the whole sampler on this CPU, per sample, in a batch of {count}."
+        f"(held-out accuracy {accuracy:.3f}), against {count} held-out images. Every row is the mean over {settings['frechet_sets']} "
+        f"sample sets ({settings['few_call_sets']} for the distilled samplers and the teacher at as few calls), each with the number of "
+        "images and the labels of the held-out ones. The floor is the distance of that many training images. Times are of the whole "
+        f"sampler on this CPU, per sample, in a batch of {count}."
     )
     skipping = (
         f"{settings['skip_steps']} {settings['skip_solver']} steps; PSNR is against the trajectory that computes every step. Beside each "

@@ -26,7 +26,9 @@ class Training:
 class Settings:
     """A demo run. The defaults are the full run; `fast()` is the small one.
 
-    ``frechet_sets`` sample sets of as many samples as there are held-out images are averaged in every Fréchet distance.
+    Every Fréchet distance is the mean over ``frechet_sets`` sample sets of as many samples as there are held-out images, and over
+    ``few_call_sets`` where the sampler takes at most eight calls and so costs little. ``skip_trials`` are pairs of a grid of noise levels
+    ("linspace", that of Stable Diffusion, or "karras") and how a skipped step reuses predictions.
     """
 
     seed: int = 0
@@ -43,6 +45,7 @@ class Settings:
     schedule_knots: int = 256
     skip_steps: int = 50
     skip_solver: str = "euler"
+    skip_trials: tuple[tuple[str, str], ...] = (("linspace", "hold"), ("linspace", "extrapolate"), ("karras", "hold"))
     skip_threshold: float = 0.02
     skip_max: int = 4
     sim: Training = Training(steps=300, batch_size=64, learning_rate=3e-4, ema_decay=0.99, decay="linear", warmup_steps=0)
@@ -52,6 +55,7 @@ class Settings:
     moment_matching_steps: tuple[int, ...] = (8, 4, 2, 1)
     feature_epochs: int = 30
     frechet_sets: int = 2
+    few_call_sets: int = 8
     floor_splits: int = 40
     grid_rows: int = 4
     name: str = field(default="full")
@@ -59,18 +63,20 @@ class Settings:
     @classmethod
     def fast(cls, seed: int = 0) -> Settings:
         """The same stages in under 90 seconds on two cores: it shows that everything runs, not what it can reach."""
-        quick = Training(steps=120, batch_size=64, learning_rate=2e-3, ema_decay=0.97, warmup_steps=10)
-        short = Training(steps=40, batch_size=32, learning_rate=3e-4, ema_decay=0.95, warmup_steps=5)
+        quick = Training(steps=100, batch_size=64, learning_rate=2e-3, ema_decay=0.97, warmup_steps=10)
+        short = Training(steps=25, batch_size=32, learning_rate=3e-4, ema_decay=0.95, warmup_steps=5)
         return cls(
             seed=seed,
             channels=16,
             teacher=quick,
             lcss=quick,
             schedule_knots=64,
+            skip_trials=(("linspace", "hold"), ("linspace", "extrapolate")),
             sim=short,
             moment_matching=short,
             feature_epochs=10,
             frechet_sets=1,
+            few_call_sets=1,
             floor_splits=10,
             grid_rows=2,
             name="fast",

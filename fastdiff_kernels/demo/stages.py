@@ -20,6 +20,7 @@ from .samplers import EvenSkip, Sampler, ancestral, one_call, psnr, solve
 from .settings import Settings, Training
 
 FEW_CALLS = (1, 2, 4, 8)
+GRIDS = {"linspace": "Stable Diffusion grid", "karras": "Karras grid"}
 
 
 @dataclass
@@ -59,9 +60,11 @@ class Bench:
         """`make(labels)` -> sampler, run on the noise of the pictures."""
         return make(self.grid_labels())(self.grid_noise(), 0)[0]
 
-    def judged(self, label: str, method: str, make: Callable[[Tensor], Sampler], baselines: tuple[str, ...] = ()) -> dict:
+    def judged(
+        self, label: str, method: str, make: Callable[[Tensor], Sampler], baselines: tuple[str, ...] = (), sets: int | None = None
+    ) -> dict:
         """A table row: the sampler judged on the held-out labels."""
-        return row(label, method, self.judge.judge(make(self.judge.labels)), baselines)
+        return row(label, method, self.judge.judge(make(self.judge.labels), sets), baselines)
 
     def train(self, name: str, recipe: Recipe, training: Training, every: int = 100) -> dict[str, list[float]]:
         """Run the recipe on the training images; it continues from its own checkpoint if the run was interrupted."""
@@ -180,7 +183,9 @@ def optimise_schedule(bench: Bench) -> Stage:
                 continue  # its levels are the two ends, as Karras's are
             solver = "euler" if calls == 1 else "dpmpp_2m"
             label = f"Teacher, {calls} {'Euler step' if calls == 1 else 'DPM-Solver++ steps'}" + (f", {kind}" if calls > 2 else "")
-            stage.rows[f"teacher_{kind}_{calls}_calls"] = bench.judged(label, "teacher, few calls", _solver(teacher, schedule, solver))
+            stage.rows[f"teacher_{kind}_{calls}_calls"] = bench.judged(
+                label, "teacher, few calls", _solver(teacher, schedule, solver), sets=settings.few_call_sets
+            )
     return stage
 
 
@@ -189,40 +194,59 @@ def _solver(denoiser: nn.Module, schedule: Schedule, solver: str) -> Callable[[T
 
 
 def skip_steps(bench: Bench) -> Stage:
-    """Stage 3: AdaptiveSkip on a long trajectory, beside an even stride and plainly fewer steps at the same number of calls."""
-    settings, teacher = bench.settings, bench.networks["teacher"]
-    steps, solver = settings.skip_steps, settings.skip_solver
-    schedule = karras(settings, steps)
-    stage = Stage(details={"steps": steps, "solver": solver, "skipped": {}})
-
-    def judged(name: str, label: str, levels: Schedule, skip: AdaptiveSkip | EvenSkip | None, baselines: tuple[str, ...] = ()) -> Verdict:
-        pattern: list[list[bool]] = []
-
-        def make(labels: Tensor) -> Sampler:
-            return solve(teacher, labels, levels, solver, skip, pattern)
-
-        verdict = bench.judge.judge(make(bench.judge.labels))
-        stage.rows[name] = row(label, "skipping", verdict, baselines)
-        if skip is not None:
-            stage.details["skipped"][name] = pattern[0]
-        if name == "full" or baselines:
-            stage.grids[name] = bench.picture(make)
-        return verdict
-
-    full = judged("full", f"All {steps} steps", schedule, None).samples
-    for reuse in ("hold", "extrapolate"):
-        names = {kind: f"{kind}_{reuse}" for kind in ("adaptive", "even", "fewer")}
-        rule = AdaptiveSkip(settings.skip_threshold, settings.skip_max, reuse=reuse)
-        adaptive = judged(names["adaptive"], f"AdaptiveSkip, {reuse}", schedule, rule, (names["even"], names["fewer"]))
-        even = EvenSkip(every=1, reuse=reuse, calls=adaptive.calls, steps=steps)
-        verdicts = {
-            "adaptive": adaptive,
-            "even": judged(names["even"], f"Even stride, {reuse}", schedule, even),
-            "fewer": judged(names["fewer"], f"{adaptive.calls} plain steps", karras(settings, adaptive.calls), None),
-        }
-        for kind, verdict in verdicts.items():
-            stage.rows[names[kind]]["psnr"] = psnr(verdict.samples, full, bench.data.scale)
+    """Stage 3: AdaptiveSkip on long trajectories, beside an even stride and plainly fewer steps at the same number of calls."""
+    settings = bench.settings
+    stage = Stage(details={"steps": settings.skip_steps, "solver": settings.skip_solver, "skipped": {}})
+    full: dict[str, Tensor] = {}
+    for grid, reuse in settings.skip_trials:
+        if grid not in full:
+            full[grid] = _skip_row(bench, stage, f"full_{grid}", f"All {settings.skip_steps} steps, {GRIDS[grid]}", grid).samples
+        _skip_trial(bench, stage, grid, reuse, full[grid])
     return stage
+
+
+def _skip_trial(bench: Bench, stage: Stage, grid: str, reuse: str, full: Tensor) -> None:
+    settings = bench.settings
+    names = {kind: f"{kind}_{grid}_{reuse}" for kind in ("adaptive", "even", "fewer")}
+    rule = AdaptiveSkip(settings.skip_threshold, settings.skip_max, reuse=reuse)
+    label = f"AdaptiveSkip, {reuse}, {GRIDS[grid]}"
+    adaptive = _skip_row(bench, stage, names["adaptive"], label, grid, rule, baselines=(names["even"], names["fewer"]))
+    even = EvenSkip(every=1, reuse=reuse, calls=adaptive.calls, steps=settings.skip_steps)
+    verdicts = {
+        "adaptive": adaptive,
+        "even": _skip_row(bench, stage, names["even"], f"Even stride, {reuse}, {GRIDS[grid]}", grid, even),
+        "fewer": _skip_row(bench, stage, names["fewer"], f"{adaptive.calls} plain steps, {GRIDS[grid]}", grid, steps=adaptive.calls),
+    }
+    for kind, verdict in verdicts.items():
+        stage.rows[names[kind]]["psnr"] = psnr(verdict.samples, full, bench.data.scale)
+
+
+def _skip_row(
+    bench: Bench,
+    stage: Stage,
+    name: str,
+    label: str,
+    grid: str,
+    skip: AdaptiveSkip | EvenSkip | None = None,
+    *,
+    steps: int | None = None,
+    baselines: tuple[str, ...] = (),
+) -> Verdict:
+    """Judge one long trajectory; its row, its pattern of skipped steps and, for rows that are no baseline, its picture go to `stage`."""
+    steps = bench.settings.skip_steps if steps is None else steps
+    schedule = karras(bench.settings, steps) if grid == "karras" else Schedule.scaled_linear(steps)
+    patterns: list[list[bool]] = []
+
+    def make(labels: Tensor) -> Sampler:
+        return solve(bench.networks["teacher"], labels, schedule, bench.settings.skip_solver, skip, patterns)
+
+    verdict = bench.judge.judge(make(bench.judge.labels))
+    stage.rows[name] = row(label, "skipping", verdict, baselines)
+    if skip is not None:
+        stage.details["skipped"][name] = patterns[0]
+    if baselines or name.startswith("full"):
+        stage.grids[name] = bench.picture(make)
+    return verdict
 
 
 def distil_sim(bench: Bench) -> Stage:
@@ -245,7 +269,7 @@ def distil_sim(bench: Bench) -> Stage:
         return one_call(generator, labels, settings.sim_sigma_init)
 
     stage = Stage(curves={"gap": history["gap"], "fake_loss": history["fake_loss"]}, networks={"sim": generator})
-    stage.rows["sim"] = bench.judged("SIM", "distilled", make, few_call_baselines(1))
+    stage.rows["sim"] = bench.judged("SIM", "distilled", make, few_call_baselines(1), settings.few_call_sets)
     stage.grids["sim"] = bench.picture(make)
     return stage
 
@@ -272,7 +296,7 @@ def distil_moment_matching(bench: Bench, steps: int) -> Stage:
         return ancestral(generator, labels, sigmas, settings.seed)
 
     stage = Stage(curves={"gap": history["gap"]}, networks={name: generator})
-    stage.rows[name] = bench.judged(f"Moment matching, k={steps}", "distilled", make, few_call_baselines(steps))
+    stage.rows[name] = bench.judged(f"Moment matching, k={steps}", "distilled", make, few_call_baselines(steps), settings.few_call_sets)
     stage.grids[name] = bench.picture(make)
     return stage
 
