@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,9 +22,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", metavar="FOLDER", default="out/demo", help="where everything is written (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     demo.add_argument("--resume", action="store_true", help="go on where an interrupted run with the same arguments stopped")
-    demo.add_argument("--quiet", action="store_true", help="no progress bars")
+    demo.add_argument("--workers", type=int, help="processes to run stages in, one thread each (default: as many as CPUs, at most 4)")
+    demo.add_argument("--quiet", action="store_true", help="no progress bar")
     commands.add_parser("doctor", help="what was built, for what, what is loaded, what is missing and what to do")
     return parser
+
+
+def _cpus() -> int:
+    """CPUs this process may use, which in a container can be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -39,8 +46,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"fastdiff demo: {error}", file=sys.stderr)
         return 2
+    workers = min(4, _cpus()) if arguments.workers is None else arguments.workers
     try:
-        run_demo(settings, arguments.out, data=data, resume=arguments.resume, progress=not arguments.quiet)
+        run_demo(settings, arguments.out, data=data, resume=arguments.resume, workers=workers, progress=not arguments.quiet)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command with --resume goes on from {arguments.out}", file=sys.stderr)
         return 130

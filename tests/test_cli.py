@@ -25,6 +25,7 @@ def test_demo_hands_its_arguments_on(ran):
     assert (settings.name, settings.seed, out) == ("fast", 4, "somewhere")
     assert options["resume"] is True
     assert options["progress"] is False
+    assert 1 <= options["workers"] <= 4
     assert options["data"].name == "digits"
 
 
@@ -51,7 +52,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["unknown"], ["demo", "--seed", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["unknown"], ["demo", "--seed", "x"], ["demo", "--workers", "many"]])
 def test_a_wrong_command_line_is_refused(arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)

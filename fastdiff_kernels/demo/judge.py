@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .data import ImageData, Split, stratified_split
-from .features import FeatureExtractor, frechet_distance, train_feature_extractor
+from .features import FeatureExtractor, frechet_distance
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,17 @@ class Verdict:
 class Judge:
     """Holds the split, the fixed features, the held-out statistics and the noise of the sample sets."""
 
-    def __init__(self, data: ImageData, *, seed: int, feature_epochs: int, sets: int, floor_splits: int) -> None:
-        self.data, self.seed = data, seed
+    def __init__(self, data: ImageData, extractor: FeatureExtractor, *, seed: int, sets: int, floor_splits: int) -> None:
+        self.data, self.extractor, self.seed, self.sets = data, extractor, seed, sets
         split = stratified_split(data.labels, seed)
         self.held_out_index = split.held_out
         self.images, self.train_labels = data.images[split.train], data.labels[split.train]
         self.labels = data.labels[split.held_out]
-        self.sets = sets
-        self.extractor: FeatureExtractor = train_feature_extractor(
-            self.images, self.train_labels, data.num_classes, epochs=feature_epochs, seed=seed
-        )
-        features = self.extractor.features(data.images)
+        features = extractor.features(data.images)
         self.held_out_features = features[split.held_out.numpy()]
         self.floor = self._floor(features, split)
         self.floor_over_splits = [self._floor(features, stratified_split(data.labels, seed + 1 + i)) for i in range(floor_splits)]
-        held_out_images = data.images[self.held_out_index]
-        self.accuracy = self.extractor.accuracy(held_out_images, self.labels)
+        self.accuracy = extractor.accuracy(data.images[split.held_out], self.labels)
 
     @staticmethod
     def _floor(features: np.ndarray, split: Split) -> float:

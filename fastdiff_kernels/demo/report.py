@@ -143,7 +143,7 @@ def _sections(metrics: dict, captions: dict[str, tuple[str, str]], out: Path) ->
         f"(held-out accuracy {accuracy:.3f}), against {count} held-out images. Every row is the mean over {settings['frechet_sets']} "
         f"sample sets ({settings['few_call_sets']} for the distilled samplers and the teacher at as few calls), each with the number of "
         "images and the labels of the held-out ones. The floor is the distance of that many training images. Times are of the whole "
-        f"sampler on this CPU, per sample, in a batch of {count}."
+        f"sampler in one CPU thread, per sample, in a batch of {count}."
     )
     skipping = (
         f"{settings['skip_steps']} {settings['skip_solver']} steps; PSNR is against the trajectory that computes every step. Beside each "
@@ -183,7 +183,7 @@ def write_report(bench: Bench, metrics: dict, out: Path) -> Path:
 <title>fastdiff_kernels: demo on {name}</title><style>{STYLE}</style>
 <h1>From a teacher to one step: {name}</h1>
 <p class=note>{data["images"]} images of shape {"×".join(map(str, data["shape"]))}; settings “{settings["name"]}”, seed {settings["seed"]};
-{metrics["total_s"] / 60:.1f} minutes on {environment["threads"]} CPU threads, torch {environment["torch"]}</p>
+{metrics["total_s"] / 60:.1f} minutes in {metrics["workers"]} processes of one thread, torch {environment["torch"]}</p>
 {_verdict(metrics)}
 {bars_table(metrics)}
 {body}

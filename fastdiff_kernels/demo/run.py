@@ -6,42 +6,24 @@ import dataclasses
 import platform
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from . import stages
 from .bars import Bar, compute_bars, mark_losses
 from .data import ImageData, load_digits, load_folder
 from .features import NUM_FEATURES
-from .judge import Judge
 from .plan import predict
 from .report import write_report
 from .settings import Settings
-from .stages import Bench, Stage
+from .stages import Bench
 from .store import Store, write_json
-
-StageFunction = Callable[[Bench], Stage]
+from .workers import new_judge, one_thread, run_stages
 
 
 def load_data(folder: str | Path | None, size: int) -> ImageData:
     """The digits, or the folder's images."""
     return load_digits() if folder is None else load_folder(folder, size)
-
-
-def stage_functions(settings: Settings) -> dict[str, StageFunction]:
-    """Stages by name, in the order they run."""
-    functions: dict[str, StageFunction] = {
-        "teacher": stages.train_teacher,
-        "lcss": stages.train_lcss,
-        "schedule": stages.optimise_schedule,
-        "skipping": stages.skip_steps,
-        "sim": stages.distil_sim,
-    }
-    for steps in settings.moment_matching_steps:
-        functions[f"moment_matching_{steps}"] = partial(stages.distil_moment_matching, steps=steps)
-    return functions
 
 
 def run_demo(
@@ -50,6 +32,7 @@ def run_demo(
     *,
     data: ImageData | None = None,
     resume: bool = False,
+    workers: int = 1,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict:
@@ -60,53 +43,38 @@ def run_demo(
         out: folder for ``report.html``, ``metrics.json``, PNGs and ``networks/``; made if need be.
         data: images; the digits unless given.
         resume: keep the finished stages and checkpoints that an interrupted run with the same settings and data left in `out`.
-        progress: show progress bars.
+        workers: processes that stages run in side by side, one thread each. A stage of a small network fills one core and gains little
+            from a second; two stages fill two. With 1 the stages run in this process.
+        progress: show a progress bar.
         say: called with each line of the summary.
 
     Returns:
         What ``metrics.json`` holds.
     """
+    if workers < 1:
+        raise ValueError(f"workers: got {workers}; expected at least 1")
     data = load_digits() if data is None else data
     out = Path(out)
     start = time.perf_counter()
     store = Store(out, settings.fingerprint(data))
     if not resume:
         store.forget()
-    judge = Judge(
-        data, seed=settings.seed, feature_epochs=settings.feature_epochs, sets=settings.frechet_sets, floor_splits=settings.floor_splits
-    )
-    store.save_network("features", judge.extractor)
-    bench = Bench(settings, data, judge, store.checkpoints, progress)
-    timings = {"features": {"measured_s": time.perf_counter() - start, "resumed": False}}
-    functions = stage_functions(settings)
-    predicted = predict(settings, data, len(judge.labels))
-    counts = f"{len(judge.images)} training and {len(judge.labels)} held-out images"
-    say(f"{data.name}: {counts}; about {sum(predicted.values()) / 60:.1f} minutes")
-    for number, (name, function) in enumerate(functions.items(), 1):
-        say(f"[{number}/{len(functions)}] {name.replace('_', ' ')}")
-        timings[name] = _run_stage(bench, store, name, function) | {"predicted_s": predicted[name]}
-    metrics = _metrics(bench, timings)
+    with one_thread():
+        judge = new_judge(settings, data, store)
+        predicted = predict(settings, data, len(judge.labels))
+        timings = {"features": {"measured_s": time.perf_counter() - start, "resumed": False}}
+        counts = f"{len(judge.images)} training and {len(judge.labels)} held-out images"
+        say(f"{data.name}: {counts}; about {sum(predicted.values()) / workers / 60:.1f} minutes")
+        timings |= run_stages(settings, data, store, judge, predicted, workers=workers, progress=progress)
+    results = {name: store.load(name) for name in predicted}
+    bench = Bench(settings, data, judge, store.checkpoints, report=lambda stage, share: None, results=results)
+    metrics = _metrics(bench, timings) | {"workers": workers, "total_s": time.perf_counter() - start}
     write_report(bench, metrics, out)
-    metrics["total_s"] = sum(t["measured_s"] for t in timings.values())
     write_json(out / "metrics.json", metrics)
     for line in summary(metrics):
         say(line)
     say(f"report: {out / 'report.html'}")
     return metrics
-
-
-def _run_stage(bench: Bench, store: Store, name: str, function: StageFunction) -> dict[str, object]:
-    finished = store.load(name, bench.settings, bench.data)
-    if finished is None:
-        start = time.perf_counter()
-        stage = function(bench)
-        seconds = time.perf_counter() - start
-        store.save(name, stage, seconds)
-    else:
-        stage, seconds = finished
-    bench.results[name] = stage
-    bench.networks.update(stage.networks)
-    return {"measured_s": seconds, "resumed": finished is not None}
 
 
 def _metrics(bench: Bench, timings: dict[str, dict]) -> dict:
@@ -117,7 +85,7 @@ def _metrics(bench: Bench, timings: dict[str, dict]) -> dict:
     return {
         "data": {"name": bench.data.name, "images": len(bench.data.images), "shape": list(bench.data.sample_shape)},
         "settings": dataclasses.asdict(settings),
-        "environment": {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()},
+        "environment": {"python": platform.python_version(), "torch": torch.__version__},
         "held_out": bench.judge.summary(),
         "num_features": NUM_FEATURES,
         "floor_over_splits": bench.judge.floor_over_splits,
@@ -127,7 +95,6 @@ def _metrics(bench: Bench, timings: dict[str, dict]) -> dict:
         "schedule": {k: v for k, v in bench.results["schedule"].details.items() if k not in ("knots", "cost")},
         "skipping": bench.results["skipping"].details,
         "stages": timings,
-        "total_s": sum(t["measured_s"] for t in timings.values()),
     }
 
 

@@ -48,7 +48,7 @@ class Settings:
     skip_trials: tuple[tuple[str, str], ...] = (("linspace", "hold"), ("linspace", "extrapolate"), ("karras", "hold"))
     skip_threshold: float = 0.02
     skip_max: int = 4
-    sim: Training = Training(steps=300, batch_size=64, learning_rate=3e-4, ema_decay=0.99, decay="linear", warmup_steps=0)
+    sim: Training = Training(steps=450, batch_size=64, learning_rate=3e-4, ema_decay=0.99, decay="linear", warmup_steps=0)
     sim_sigma_init: float = 2.5
     sim_c: float = 0.1
     moment_matching: Training = Training(steps=300, batch_size=64, learning_rate=3e-4, ema_decay=0.99, decay="linear", warmup_steps=0)
@@ -63,8 +63,8 @@ class Settings:
     @classmethod
     def fast(cls, seed: int = 0) -> Settings:
         """The same stages in under 90 seconds on two cores: it shows that everything runs, not what it can reach."""
-        quick = Training(steps=100, batch_size=64, learning_rate=2e-3, ema_decay=0.97, warmup_steps=10)
-        short = Training(steps=25, batch_size=32, learning_rate=3e-4, ema_decay=0.95, warmup_steps=5)
+        quick = Training(steps=200, batch_size=64, learning_rate=2e-3, ema_decay=0.98, warmup_steps=10)
+        short = Training(steps=40, batch_size=32, learning_rate=3e-4, ema_decay=0.95, warmup_steps=5)
         return cls(
             seed=seed,
             channels=16,

@@ -36,13 +36,13 @@ class Stage:
 
 @dataclass
 class Bench:
-    """What every stage works with."""
+    """What every stage works with. ``report(stage, share)`` is told how much of a stage's training is done."""
 
     settings: Settings
     data: ImageData
     judge: Judge
     checkpoints: Path
-    progress: bool
+    report: Callable[[str, float], None]
     networks: dict[str, nn.Module] = field(default_factory=dict)
     results: dict[str, Stage] = field(default_factory=dict)
 
@@ -76,7 +76,8 @@ class Bench:
             conditioning={"class_labels": self.judge.train_labels},
             checkpoint=self.checkpoints / f"{name}.pt",
             checkpoint_every=every,
-            progress=self.progress,
+            progress=False,
+            log=lambda step, metrics: self.report(name, (step + 1) / training.steps),
             seed=self.settings.seed,
         )
         return trainer.fit()
@@ -155,7 +156,6 @@ def optimise_schedule(bench: Bench) -> Stage:
         knots=settings.schedule_knots,
         conditioning={"class_labels": bench.judge.train_labels},
         seed=settings.seed,
-        progress=bench.progress,
     )
     stage = Stage()
     stage.details["seconds_to_optimise"] = time.perf_counter() - start

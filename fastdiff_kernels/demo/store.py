@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
 from .data import ImageData
+from .features import FeatureExtractor
 from .settings import Settings
 from .stages import Stage, new_denoiser
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Store:
@@ -32,19 +36,24 @@ class Store:
                 if path.suffix in {".json", ".safetensors", ".pt", ".partial"}:
                     path.unlink()
 
-    def load(self, name: str, settings: Settings, data: ImageData) -> tuple[Stage, float] | None:
-        """The finished stage and the seconds it took, or None."""
+    def _record(self, name: str) -> dict | None:
+        path = self.stages / f"{name}.json"
+        record = json.loads(path.read_text()) if path.exists() else None
+        return record if record is not None and record["fingerprint"] == self.fingerprint else None
+
+    def seconds(self, name: str) -> float | None:
+        """How long the finished stage took; None if it is not finished."""
+        record = self._record(name)
+        return None if record is None else record["seconds"]
+
+    def load(self, name: str) -> Stage:
+        """A finished stage, without its networks."""
         from safetensors.torch import load_file
 
-        path = self.stages / f"{name}.json"
-        if not path.exists():
-            return None
-        record = json.loads(path.read_text())
-        if record["fingerprint"] != self.fingerprint:
-            return None
-        grids = load_file(self.stages / f"{name}.safetensors")
-        networks = {key: self._load_network(key, settings, data) for key in record["networks"]}
-        return Stage(record["rows"], record["curves"], record["details"], grids, networks), record["seconds"]
+        record = self._record(name)
+        if record is None:
+            raise FileNotFoundError(f"stage '{name}' of this run is not in {self.stages}")
+        return Stage(record["rows"], record["curves"], record["details"], load_file(self.stages / f"{name}.safetensors"))
 
     def save(self, name: str, stage: Stage, seconds: float) -> None:
         """Write the stage; its JSON, which makes it count, goes last and in one piece."""
@@ -59,7 +68,6 @@ class Store:
             "rows": stage.rows,
             "curves": stage.curves,
             "details": stage.details,
-            "networks": sorted(stage.networks),
         }
         partial = self.stages / f"{name}.json.partial"
         partial.write_text(json.dumps(record))
@@ -72,12 +80,19 @@ class Store:
 
         save_file({key: value.contiguous() for key, value in network.state_dict().items()}, self.networks / f"{name}.safetensors")
 
-    def _load_network(self, name: str, settings: Settings, data: ImageData) -> nn.Module:
+    def load_network(self, name: str, settings: Settings, data: ImageData) -> nn.Module:
+        """A denoiser that `save_network` wrote, frozen."""
+        return self._load(name, new_denoiser(settings, data))
+
+    def load_features(self, data: ImageData) -> FeatureExtractor:
+        """The feature extractor that `save_network` wrote, frozen."""
+        return self._load("features", FeatureExtractor(data.sample_shape[0], data.num_classes))
+
+    def _load(self, name: str, network: Network) -> Network:
         from safetensors.torch import load_file
 
-        denoiser = new_denoiser(settings, data)
-        denoiser.load_state_dict(load_file(self.networks / f"{name}.safetensors"))
-        return denoiser.eval().requires_grad_(False)
+        network.load_state_dict(load_file(self.networks / f"{name}.safetensors"))
+        return network.eval().requires_grad_(False)
 
 
 def write_json(path: Path, value: object) -> None:

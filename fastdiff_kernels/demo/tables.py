@@ -85,4 +85,4 @@ def times_table(metrics: dict) -> str:
         predicted = f"{timing['predicted_s']:.0f}" if "predicted_s" in timing else ""
         note = " (from an earlier run)" if timing["resumed"] else ""
         lines.append(_line(name.replace("_", " ") + note, f"{timing['measured_s']:.1f}", predicted))
-    return _table(*lines, _line("total", f"{metrics['total_s']:.1f}"))
+    return _table(*lines, _line(f"total, in {metrics['workers']} processes", f"{metrics['total_s']:.1f}", ""))

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdiff_kernels.demo import ImageData, Settings, load_digits, run_demo
-from fastdiff_kernels.demo import run as run_module
+from fastdiff_kernels.demo import ImageData, Settings, load_digits, run_demo, workers
 from fastdiff_kernels.demo.settings import Training
 
 SHORT = Training(steps=4, batch_size=16, learning_rate=1e-3, ema_decay=0.9, warmup_steps=1)
@@ -105,20 +104,30 @@ def deterministic(metrics):
     return {name: {k: v for k, v in row.items() if k not in drop} for name, row in metrics["rows"].items()}
 
 
+def test_two_workers_end_as_one(finished, few_digits, tmp_path):
+    metrics = run_demo(TINY, tmp_path, data=few_digits, workers=2, progress=False, say=lambda line: None)
+    assert deterministic(metrics) == deterministic(finished[0])
+
+
 def test_an_interrupted_run_resumes_and_ends_as_an_uninterrupted_one(finished, few_digits, tmp_path, monkeypatch):
-    functions = run_module.stage_functions(TINY)
+    functions = workers.stage_functions(TINY)
 
     def interrupt(bench):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "stage_functions", lambda settings: {**functions, "sim": interrupt})
+    monkeypatch.setattr(workers, "stage_functions", lambda settings: {**functions, "schedule": interrupt})
     with pytest.raises(KeyboardInterrupt):
         run_demo(TINY, tmp_path, data=few_digits, progress=False, say=lambda line: None)
     assert not (tmp_path / "metrics.json").exists()
     monkeypatch.undo()
     metrics = run_demo(TINY, tmp_path, data=few_digits, resume=True, progress=False, say=lambda line: None)
-    assert [name for name, timing in metrics["stages"].items() if timing["resumed"]] == STAGES[:4]
+    assert [name for name, timing in metrics["stages"].items() if timing["resumed"]] == ["teacher", "lcss"]
     assert deterministic(metrics) == deterministic(finished[0])
+
+
+def test_fewer_workers_than_one_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="workers: got 0"):
+        run_demo(TINY, tmp_path, workers=0)
 
 
 def test_other_settings_do_not_take_up_what_a_run_left(finished, few_digits):
