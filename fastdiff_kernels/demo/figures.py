@@ -38,6 +38,15 @@ def _style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
         spine.set_color(GRID)
 
 
+def _readable_log(axes: Axes) -> None:
+    """Ticks at 1, 2 and 5 times powers of ten, written out: most plots span less than two decades."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
@@ -105,6 +114,7 @@ def schedule_plot(details: dict, rows: dict[str, dict], steps: Sequence[int], pa
     for kind, colour, label in (("karras", ORANGE, "Karras, rho = 7"), ("optimised", BLUE, "optimised")):
         chosen = [rows[f"{kind}_{n}"] for n in steps]
         quality.semilogy([r["calls"] for r in chosen], [r["frechet"] for r in chosen], "o-", color=colour, label=label)
+    _readable_log(quality)
     quality.legend(fontsize=8, frameon=False)
     _style(quality, "Fréchet distance (lower is better)", "network calls (Heun)", "Fréchet distance")
     save(figure, path)
@@ -144,6 +154,7 @@ def loss_curves(panels: Sequence[tuple[str, str, dict[str, list[float]]]], path:
             axes.plot(*_smooth(values), color=colour, linewidth=1.4, label=name)
         if all(value > 0 for values in curves.values() for value in values):
             axes.set_yscale("log")
+            _readable_log(axes)
         if len(curves) > 1:
             axes.legend(fontsize=8, frameon=False)
         _style(axes, title, "step", ylabel)
@@ -169,6 +180,7 @@ def calls_against_distance(rows: dict[str, dict], floor: float, path: Path) -> N
     ticks = [1, 2, 4, 8, 16]
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
+    _readable_log(axes)
     axes.legend(fontsize=8, frameon=False)
     _style(axes, "Quality for network calls", "network calls", "Fréchet distance")
     save(figure, path)

@@ -147,7 +147,8 @@ def _sections(metrics: dict, captions: dict[str, tuple[str, str]], out: Path) ->
     )
     skipping = (
         f"{settings['skip_steps']} {settings['skip_solver']} steps; PSNR is against the trajectory that computes every step. Beside each "
-        "adaptive rule stand two baselines with exactly as many network calls: computed steps spread evenly, and plainly fewer steps."
+        "adaptive rule stand two baselines with exactly as many network calls: computed steps spread evenly, and plainly fewer steps. "
+        "The SD grid has the noise levels of Stable Diffusion, the Karras grid those of Karras et al."
     )
     return [
         ("Samples", "The same initial noise and the same classes in every picture.", _grids(captions, out)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import time
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def _metrics(bench: Bench, timings: dict[str, dict]) -> dict:
     bars = compute_bars(rows, bench.judge.floor, settings.schedule_steps, settings.moment_matching_steps)
     return {
         "data": {"name": bench.data.name, "images": len(bench.data.images), "shape": list(bench.data.sample_shape)},
-        "settings": dataclasses.asdict(settings),
+        "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
         "environment": {"python": platform.python_version(), "torch": torch.__version__},
         "held_out": bench.judge.summary(),
         "num_features": NUM_FEATURES,

@@ -20,7 +20,7 @@ from .samplers import EvenSkip, Sampler, ancestral, one_call, psnr, solve
 from .settings import Settings, Training
 
 FEW_CALLS = (1, 2, 4, 8)
-GRIDS = {"linspace": "Stable Diffusion grid", "karras": "Karras grid"}
+GRIDS = {"linspace": "SD grid", "karras": "Karras grid"}
 
 
 @dataclass
