@@ -44,7 +44,8 @@ def _backward_row(op: Op) -> Op:
 
     def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
         call, needs = args[len(grads) : -1], args[-1]
-        empties = tuple(channels_last_aware_empty(call[i]) if need else _absent(args) for i, need in zip(wanted, needs, strict=True))
+        empty = channels_last_aware_empty if op.keeps_channels_last else _contiguous_empty
+        empties = tuple(empty(call[i]) if need else _absent(args) for i, need in zip(wanted, needs, strict=True))
         return empties[0] if count == 1 else empties
 
     return Op(
@@ -56,6 +57,10 @@ def _backward_row(op: Op) -> Op:
         kernels=op.kernels,
         backward_of=op.name,
     )
+
+
+def _contiguous_empty(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _absent(args: Sequence[Any]) -> Tensor:

@@ -34,6 +34,8 @@ class Op:
     """Arguments whose gradient the kernels do not compute: asking for it runs the definition."""
     stopped: tuple[str, ...] = ()
     """Arguments behind a stop-gradient: they may require grad and get none. Any other tensor that requires grad is refused."""
+    keeps_channels_last: bool = False
+    """Whether outputs and gradients have the layout of their argument; otherwise they are contiguous."""
     flops: Callable[..., int] | None = None
     """Floating-point operations of one call."""
     backward_of: str | None = None
@@ -135,7 +137,7 @@ _TABLE = (
         "group_norm_silu", "group_norm",
         "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, str? activation) -> Tensor",
         _R.group_norm.group_norm_silu, lambda x, *_: channels_last_aware_empty(x), ("cpu",),
-        differentiable=("x", "weight", "bias", "scale", "shift"), flops=_per_element(14),
+        differentiable=("x", "weight", "bias", "scale", "shift"), keeps_channels_last=True, flops=_per_element(14),
     ),
     Op(
         "lcss_noise", "score_matching", "(Tensor x, Tensor seed, int offset) -> Tensor",

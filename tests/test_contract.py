@@ -205,6 +205,22 @@ def test_runs_in_inference_mode(op: Op, index: int):
         outputs_of(call_of(op)(*args))
 
 
+@pytest.mark.parametrize("name", ["denoising_loss", "group_norm_silu"])
+def test_fake_gradients_have_the_layout_of_the_real_ones(name: str):
+    """Compiled code relies on strides: channels_last is kept where the row says so, and made contiguous elsewhere."""
+    op = OPS[name]
+    x = torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last)
+    args = [x, 2, None, None, None, None, 1e-5, "silu"] if name == "group_norm_silu" else [x, x.clone(), torch.ones(1)]
+    needs = [True, *[False] * (len(op.differentiable) - 1)]
+    backward = getattr(torch.ops.fastdiff, f"{name}_backward").default
+    grad = torch.ones_like(call_of(op)(*args))
+    real = outputs_of(backward(grad, *args, needs))[0]
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in (grad, *args)]
+        fake = outputs_of(backward(*fakes, needs))[0]
+    assert fake.stride() == real.stride()
+
+
 @pytest.mark.parametrize(("op", "index"), CALLS)
 def test_cost_model(op: Op, index: int):
     """Bytes are one read of every tensor and one write of every output; operations are counted."""

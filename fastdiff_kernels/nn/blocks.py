@@ -54,7 +54,8 @@ class DiTBlock(nn.Module):
         batch, tokens, dim = h.shape
         q, k, v = self.qkv(h).view(batch, tokens, 3, self.num_heads, dim // self.num_heads).unbind(2)  # [B, N, H, D] each
         if self.qk_norm is not None or rope is not None:
-            cos, sin = rope if rope is not None else (None, None)
+            widened = torch.promote_types(q.dtype, torch.float32)
+            cos, sin = (None, None) if rope is None else (table.to(widened) for table in rope)
             q, k = ops.qk_norm_rope(q, k, self.q_weight, self.k_weight, cos, sin, norm=self.qk_norm)
         return self.attention_out(ops.attention(q, k, v).reshape(batch, tokens, dim))
 

@@ -12,7 +12,10 @@ def _normalise(x: Tensor, weight: Tensor | None, norm: str | None, eps: float) -
     if norm is None:
         return x
     if norm == "pixel":
-        return x / (eps + x.square().mean(-1, keepdim=True).sqrt())
+        squares = x.square().mean(-1, keepdim=True)
+        # The root of 0 has an infinite slope, which would make the gradient of a head of zeros NaN rather than 1 / eps.
+        zero = squares == 0
+        return x / (eps + torch.where(zero, 1, squares).sqrt().masked_fill(zero, 0))
     over_heads = norm.endswith("_heads")
     rows = x.flatten(-2) if over_heads else x
     if norm.startswith("layer"):

@@ -28,7 +28,7 @@ def run_interpreted(test_file: str) -> None:
         return
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test_file]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     if result.returncode != 0:
         pytest.fail(f"in the interpreter:\n{result.stdout}\n{result.stderr}", pytrace=False)
 
