@@ -128,9 +128,10 @@ def skip_timeline(details: dict, rows: dict[str, dict], path: Path) -> None:
     for line, name in enumerate(reversed(names)):
         skipped = details["skipped"][name]
         colour = BLUE if name.startswith("adaptive") else MUTED
-        band = {"yrange": (line - 0.31, 0.62), "edgecolor": colour, "linewidth": 0.8}
+        band = (line - 0.31, 0.62)
         for wanted, fill in ((True, "white"), (False, colour)):
-            axes.broken_barh([(step, 0.86) for step, reused in enumerate(skipped) if reused == wanted], facecolor=fill, **band)
+            bars = [(step, 0.86) for step, reused in enumerate(skipped) if reused == wanted]
+            axes.broken_barh(bars, band, facecolor=fill, edgecolor=colour, linewidth=0.8)
         row = rows[name]
         axes.text(len(skipped) + 0.6, line, f"{row['calls']} calls, {row['psnr']:.1f} dB", va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(names)), [rows[name]["label"] for name in reversed(names)], fontsize=9)

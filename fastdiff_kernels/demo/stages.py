@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Stage:
 
     rows: dict[str, dict] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=dict)
-    details: dict[str, object] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     grids: dict[str, Tensor] = field(default_factory=dict)
     networks: dict[str, nn.Module] = field(default_factory=dict)
 
@@ -43,7 +44,7 @@ class Bench:
     judge: Judge
     checkpoints: Path
     report: Callable[[str, float], None]
-    networks: dict[str, nn.Module] = field(default_factory=dict)
+    networks: dict[str, EDMPrecond] = field(default_factory=dict)
     results: dict[str, Stage] = field(default_factory=dict)
 
     def grid_labels(self) -> Tensor:
@@ -98,7 +99,8 @@ def new_denoiser(settings: Settings, data: ImageData) -> EDMPrecond:
             blocks=settings.blocks,
             num_classes=data.num_classes,
         )
-    return EDMPrecond(network.to(memory_format=torch.channels_last))
+    denoiser = EDMPrecond(network)
+    return denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
 
 def learning_rate(training: Training) -> LearningRate:
@@ -160,12 +162,15 @@ def optimise_schedule(bench: Bench) -> Stage:
     stage = Stage()
     stage.details["seconds_to_optimise"] = time.perf_counter() - start
     stage.details["length"] = fine.length
-    stage.details["knots"], stage.details["cost"] = fine.knots.tolist(), fine.cost.tolist()
+    knots, cost = fine.knots, fine.cost
+    assert knots is not None, "an optimised schedule knows its grid"
+    assert cost is not None, "and its costs"
+    stage.details["knots"], stage.details["cost"] = knots.tolist(), cost.tolist()
     stage.details["levels"] = {}
 
     def optimised(steps: int) -> Schedule:
         # One fine estimate serves every number of steps.
-        levels = ops.integrate_schedule(fine.knots, fine.cost, steps - 1) if steps > 1 else fine.knots[:1]
+        levels = ops.integrate_schedule(knots, cost, steps - 1) if steps > 1 else knots[:1]
         return Schedule(torch.cat((levels, levels.new_zeros(1))))
 
     for steps in settings.schedule_steps:

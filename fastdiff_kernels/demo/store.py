@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from ..diffusion import EDMPrecond
 from .data import ImageData
 from .features import FeatureExtractor
 from .settings import Settings
@@ -80,7 +81,7 @@ class Store:
 
         save_file({key: value.contiguous() for key, value in network.state_dict().items()}, self.networks / f"{name}.safetensors")
 
-    def load_network(self, name: str, settings: Settings, data: ImageData) -> nn.Module:
+    def load_network(self, name: str, settings: Settings, data: ImageData) -> EDMPrecond:
         """A denoiser that `save_network` wrote, frozen."""
         return self._load(name, new_denoiser(settings, data))
 

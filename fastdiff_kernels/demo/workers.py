@@ -141,6 +141,7 @@ def _start_worker(settings: Settings, pickled: bytes, store: Store, messages: An
 
 
 def _in_worker(name: str) -> float:
+    assert _worker is not None, "the pool runs _start_worker first"
     bench, store = _worker
     return _run_stage(bench, store, name)
 
