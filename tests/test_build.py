@@ -23,9 +23,15 @@ def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
 
 
+# An editable install finds the compiled modules of the checkout for any package of this name.
+WITHOUT_EDITABLE_INSTALL = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
+
+
 def run_python(code: str, path: Path, **environment: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(path), **environment}
-    return subprocess.run([sys.executable, "-c", code], cwd=path, capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_EDITABLE_INSTALL + code], cwd=path, capture_output=True, text=True, env=environment
+    )
 
 
 @pytest.fixture
