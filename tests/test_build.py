@@ -30,9 +30,7 @@ WITHOUT_EDITABLE_INSTALL = "import sys; sys.meta_path[:] = [f for f in sys.meta_
 def run_python(code: str, path: Path, **environment: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(path), **environment}
     command = [sys.executable, "-c", WITHOUT_EDITABLE_INSTALL + code]
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT_EDITABLE_INSTALL + code], cwd=path, capture_output=True, text=True, env=environment
-    )
+    return subprocess.run(command, cwd=path, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture
