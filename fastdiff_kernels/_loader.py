@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parent / "_native.so"
+REBUILD = "pip install --force-reinstall --no-deps . in the source folder (in a checkout: make build)"
 
 
 @functools.cache
@@ -17,14 +18,14 @@ def load() -> str | None:
     if not LIBRARY.exists():
         return (
             "the compiled library is missing: the package was installed without a C++ compiler or without torch's headers. "
-            "Install a compiler (g++ or clang), then run: pip install --no-build-isolation --force-reinstall --no-deps fastdiff-kernels"
+            f"Install torch and a compiler (g++ or clang), then run: {REBUILD}"
         )
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return (
             f"{LIBRARY.name} was built for torch >= {build_report().get('torch_target', 'unknown')} and does not load in torch "
-            f"{torch.__version__}: {error}. Rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps fastdiff-kernels"
+            f"{torch.__version__}: {error}. Rebuild it with: {REBUILD}"
         )
     return None
 

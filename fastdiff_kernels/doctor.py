@@ -12,8 +12,6 @@ import torch
 from . import __version__, _dispatch, _loader
 from ._registry import OPS
 
-_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps fastdiff-kernels (from a checkout: make build)"
-
 
 def report() -> str:
     """The whole diagnosis as text, one fact a line; lines that ask for action begin with '!'."""
@@ -31,7 +29,7 @@ def report() -> str:
 def _built() -> list[str]:
     build = _loader.build_report()
     if not build:
-        return ["! built: nothing was compiled. Install a C++ compiler, then: " + _REBUILD]
+        return ["! built: nothing was compiled. Install a C++ compiler, then: " + _loader.REBUILD]
     lines = [
         f"built: {build['built']} by {build['compiler']}, for torch >= {build['torch_target']} (headers of {build['torch_headers']})",
         f"built for CPU: {', '.join(build['cpu_variants'])}",
@@ -39,9 +37,9 @@ def _built() -> list[str]:
     if build["cuda"]:
         lines.append(f"built for CUDA: {build['cuda']}, architectures {', '.join(build['cuda_archs'])} and PTX of the newest")
     else:
-        lines.append("built for CUDA: no (nvcc was not found, or FASTDIFF_CUDA=0). With nvcc in PATH: FASTDIFF_CUDA=1 " + _REBUILD)
+        lines.append("built for CUDA: no (nvcc was not found, or FASTDIFF_CUDA=0). With nvcc in PATH: FASTDIFF_CUDA=1 " + _loader.REBUILD)
     if build["version"] != __version__:
-        lines.append(f"! the compiled part is of version {build['version']}: {_REBUILD}")
+        lines.append(f"! the compiled part is of version {build['version']}: {_loader.REBUILD}")
     return lines
 
 
