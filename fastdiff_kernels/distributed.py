@@ -1,0 +1,80 @@
+"""Sharding rules of the ops for DTensor; importing this module registers them.
+
+    import fastdiff_kernels.distributed
+
+A batch may be split over devices along dimension 0: samples are independent of each other. Weights and modulation [C] are replicated,
+and their gradients come back as partial sums. Ops that draw noise are replicated only: the noise of a sample depends on its index in the
+batch, which its shard does not know; give each rank its `offset` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+from torch.distributed.tensor.placement_types import Placement
+
+from ._dispatch import TABLE
+from ._registry import OPS, Op, overload
+
+_WITH_SHARED_VECTORS = ("modulate", "rotary", "group_norm")
+
+
+def _tensor_like(argument: Any) -> bool:
+    return hasattr(argument, "shape")
+
+
+def _is_batched(op: Op, argument: Any, sample: Any) -> bool:
+    """Whether an argument has a row for each sample of the batch."""
+    dims = len(argument.shape)
+    if dims == 0 or argument.shape[0] != sample.shape[0]:
+        return False
+    if op.family in _WITH_SHARED_VECTORS:
+        # Vectors are weights; of the two shapes that rotary tables have, the one with a batch has three dimensions.
+        return dims > 2 if op.family == "rotary" else dims > 1
+    return True
+
+
+def _rule(op: Op) -> Callable[..., list[tuple[list[Placement], list[Placement | None]]]]:
+    forward = OPS[op.backward_of or op.name]
+    outputs = len(overload(op).default._schema.returns)
+    gradients = len(overload(forward).default._schema.returns) if op.backward_of else 0
+
+    def rule(*args: Any) -> list[tuple[list[Placement], list[Placement | None]]]:
+        call = args[gradients : gradients + len(forward.arguments)]
+        whole = ([Replicate()] * outputs, [Replicate() if _tensor_like(a) else None for a in args])
+        if not _splits(forward, call[0]):
+            return [whole]
+        given = [_placement(forward, a, call[0]) for a in args]
+        if not op.backward_of:
+            return [whole, ([Shard(0)] * outputs, given)]
+        wanted = [call[forward.arguments.index(name)] for name in forward.differentiable]
+        return [whole, (_of_gradients(forward, wanted, args[-1], call[0]), given)]
+
+    return rule
+
+
+def _splits(op: Op, sample: Any) -> bool:
+    if "seed" in op.arguments or not sample.shape:
+        return False
+    return op.name != "integrate_schedule" or len(sample.shape) > 1
+
+
+def _placement(op: Op, argument: Any, sample: Any) -> Placement | None:
+    if not _tensor_like(argument):
+        return None
+    return Shard(0) if _is_batched(op, argument, sample) else Replicate()
+
+
+def _of_gradients(op: Op, wanted: Sequence[Any], needs: Sequence[bool], sample: Any) -> list[Placement]:
+    """Of samples: split; of what they share: partial sums; of what nobody asked for: an empty tensor everywhere."""
+    return [
+        (Shard(0) if _is_batched(op, argument, sample) else Partial()) if need else Replicate()
+        for argument, need in zip(wanted, needs, strict=True)
+    ]
+
+
+for _op in TABLE.values():
+    register_sharding(overload(_op).default)(_rule(_op))
