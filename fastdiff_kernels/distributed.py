@@ -37,14 +37,18 @@ def _is_batched(op: Op, argument: Any, sample: Any) -> bool:
     return True
 
 
-def _rule(op: Op) -> Callable[..., list[tuple[list[Placement], list[Placement | None]]]]:
+# Placements of the outputs and, for them, of the arguments; None stands beside an argument that is no tensor.
+Acceptable = tuple[Sequence[Placement], Sequence[Placement | None]]
+
+
+def _rule(op: Op) -> Callable[..., list[Acceptable]]:
     forward = OPS[op.backward_of or op.name]
     outputs = len(overload(op).default._schema.returns)
     gradients = len(overload(forward).default._schema.returns) if op.backward_of else 0
 
-    def rule(*args: Any) -> list[tuple[list[Placement], list[Placement | None]]]:
+    def rule(*args: Any) -> list[Acceptable]:
         call = args[gradients : gradients + len(forward.arguments)]
-        whole = ([Replicate()] * outputs, [Replicate() if _tensor_like(a) else None for a in args])
+        whole: Acceptable = ([Replicate()] * outputs, [Replicate() if _tensor_like(a) else None for a in args])
         if not _splits(forward, call[0]):
             return [whole]
         given = [_placement(forward, a, call[0]) for a in args]
