@@ -33,6 +33,7 @@ def fresh_compiler():
 
 
 def pytest_collection_modifyitems(items):
+    # Kernels on a device can run nowhere else; the summary counts what was left out for that reason.
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
