@@ -1,7 +1,7 @@
 """The op table: for every op its schema, its definition, its kernels by backend, and what it owes to autograd and tracing.
 
 Schemas are defined here, so that the package works with no compiled file; C++ and Triton only implement. Each differentiable op `f` owns a
-second op `f_backward(grads, inputs, needs)`; `needs` says which gradients are wanted, and the others come back empty.
+second op `f_backward(grads, inputs, saved outputs, needs)`; `needs` says which gradients are wanted, and the others come back empty.
 """
 
 from __future__ import annotations
@@ -34,16 +34,44 @@ class Op:
     """Arguments whose gradient the kernels do not compute: asking for it runs the definition."""
     stopped: tuple[str, ...] = ()
     """Arguments behind a stop-gradient: they may require grad and get none. Any other tensor that requires grad is refused."""
+    passes_through: tuple[str, ...] = ()
+    """Arguments whose gradient is that of the first output, unchanged: no kernel writes it."""
+    saved: tuple[int, ...] = ()
+    """Outputs that f_backward takes after the inputs, so that it need not compute them again."""
+    auxiliary: tuple[int, ...] = ()
+    """Outputs that are there for f_backward alone: they have no derivative."""
+    optional_grads: bool = False
+    """Whether f_backward takes None for the gradient of an output that nobody used, instead of zeros."""
+    recorded: bool = False
+    """Whether a third op `f_recorded(inputs, needs)` runs where gradients will be asked for. It also returns, for each differentiable
+    argument, what f_backward takes for it after the inputs: its gradient but for the gradient of the outputs."""
+    dual: str | None = None
+    """The op that computes outputs and tangents together in forward mode: f's arguments, then a tangent or None for each differentiable
+    one -> f's outputs, then a tangent for each. Otherwise forward mode runs the definition."""
     keeps_channels_last: bool = False
     """Whether outputs and gradients have the layout of their argument; otherwise they are contiguous."""
     flops: Callable[..., int] | None = None
     """Floating-point operations of one call."""
+    size: Callable[..., tuple[int, int]] | None = None
+    """Rows and width of one call, by which `choices.csv` chooses a backend."""
+    refuses: Callable[..., str | None] | None = None
+    """(backend, *arguments) -> why that backend does not run this call; None where it does."""
     backward_of: str | None = None
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the arguments, in order."""
         return tuple(a.name for a in overload(self).default._schema.arguments)
+
+    @property
+    def outputs(self) -> int:
+        """How many tensors it returns."""
+        return self.schema.rpartition(" -> ")[2].count("Tensor")
+
+    @property
+    def primary(self) -> tuple[int, ...]:
+        """The outputs that have a derivative."""
+        return tuple(i for i in range(self.outputs) if i not in self.auxiliary)
 
     def bytes(self, *args: Any) -> int:
         """Bytes moved by one read of every tensor argument and one write of every output."""
@@ -112,7 +140,7 @@ _TABLE = (
     Op(
         "gate_residual", "modulate", "(Tensor residual, Tensor branch, Tensor gate) -> Tensor",
         _R.modulate.gate_residual, _like_first, ("cpu", "triton"),
-        differentiable=("residual", "branch", "gate"), flops=_per_element(2),
+        differentiable=("residual", "branch", "gate"), passes_through=("residual",), flops=_per_element(2),
     ),
     Op(
         "gate_residual_norm_modulate", "modulate",
@@ -131,7 +159,7 @@ _TABLE = (
     Op(
         "attention", "attention", "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> Tensor",
         _R.attention.attention, _like_first, ("cpu",),
-        differentiable=("q", "k", "v"), flops=_attention_flops,
+        differentiable=("q", "k", "v"), flops=_attention_flops, size=lambda q, *_: (q.shape[1], q.shape[3]),
     ),
     Op(
         "group_norm_silu", "group_norm",

@@ -32,6 +32,10 @@ def fresh_compiler():
         torch._dynamo.reset()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--update-budgets", action="store_true", help="write what kernels take to tests/budgets/ instead of comparing")
+
+
 def pytest_collection_modifyitems(items):
     # Kernels on a device can run nowhere else; the summary counts what was left out for that reason.
     if not torch.cuda.is_available():

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from . import running
+
 HERE = Path(__file__).parent
 
 
@@ -21,6 +23,7 @@ def device() -> str:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "executes: runs Triton kernels, on a GPU or in the interpreter")
+    running.update_budgets = config.getoption("--update-budgets")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
@@ -18,7 +19,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).parents[2]
-CAPABILITIES = (80, 90, 100, 120)
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+BUDGETS = ROOT / "tests" / "budgets"
+# Set by `pytest --update-budgets`.
+update_budgets = False
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -92,3 +96,32 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
         file.flush()
         text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
+
+
+def check_budgets(family: str, cases: dict[str, Callable[[], object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles the launches of every case for every capability: none spills, none takes more registers or shared memory than its budget.
+
+    Budgets stand in tests/budgets/<family>.csv, written by `pytest --update-budgets`. They are one Triton version's: another version
+    is held to the absence of spills alone.
+    """
+    found = []
+    for case, call in cases.items():
+        with monkeypatch.context() as patch:
+            launches = compile_launches(call, patch)
+        for i, b in enumerate(launches):
+            assert b.stack == 0, f"{case}: {b} spills"
+            found.append((case, str(i // len(CAPABILITIES)), b.kernel, str(b.capability), triton.__version__, b.registers, b.shared))
+    path = BUDGETS / f"{family}.csv"
+    if update_budgets:
+        BUDGETS.mkdir(exist_ok=True)
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("case", "launch", "kernel", "capability", "triton", "registers", "shared"), *found])
+        return
+    with path.open(newline="") as file:
+        budgets = {tuple(row[:4]): row[4:] for row in csv.reader(file)}
+    assert {row[:4] for row in found} == budgets.keys() - {("case", "launch", "kernel", "capability")}, "run pytest --update-budgets"
+    for *key, version, registers, shared in found:
+        written, most_registers, most_shared = budgets[tuple(key)]
+        if version == written:
+            assert registers <= int(most_registers), f"{key}: {registers} registers, budget {most_registers}"
+            assert shared <= int(most_shared), f"{key}: {shared} bytes of shared memory, budget {most_shared}"
