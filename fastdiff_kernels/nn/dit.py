@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .. import ops
 from .._checks import check_count
 from ._checks import divides, network_input
+from ._policy import apply, check_policy
 from .blocks import DiTBlock
 from .embedding import ConditionEmbedding, axial_rope, full_precision_output, sincos_positions, zero_init
 
@@ -25,6 +25,7 @@ class DiT(nn.Module):
         image_size: height and width (or one int) that learned positions are made for.
         rope: rotate q and k with axial rotary positions; the head dimension must be divisible by 4.
         qk_norm: "rms", "layer" or None.
+        policy: "auto", "always" or "never": whether the ops are called under torch.compile; see docs/blocks.md.
     """
 
     def __init__(
@@ -42,12 +43,13 @@ class DiT(nn.Module):
         rope: bool = False,
         qk_norm: str | None = None,
         out_channels: int | None = None,
+        policy: str = "auto",
     ) -> None:
         super().__init__()
         self.in_channels = check_count(in_channels, "in_channels")
         self.out_channels = check_count(in_channels if out_channels is None else out_channels, "out_channels")
         self.patch_size = check_count(patch_size, "patch_size")
-        self.dim, self.num_classes, self.rope = dim, num_classes, rope
+        self.dim, self.num_classes, self.rope, self.policy = dim, num_classes, rope, check_policy(policy)
         divides("num_heads", check_count(num_heads, "num_heads"), "dim", check_count(dim, "dim"))
         self.head_dim = dim // num_heads
         if rope:
@@ -66,7 +68,7 @@ class DiT(nn.Module):
         self.patch_in = nn.Linear(in_channels * patch_size**2, dim)
         self.embedding = ConditionEmbedding(dim, num_classes)
         self.blocks = nn.ModuleList(
-            DiTBlock(dim, num_heads, dim, mlp_ratio=mlp_ratio, qk_norm=qk_norm) for _ in range(check_count(depth, "depth"))
+            DiTBlock(dim, num_heads, dim, mlp_ratio=mlp_ratio, qk_norm=qk_norm, policy=policy) for _ in range(check_count(depth, "depth"))
         )
         self.modulation = zero_init(nn.Linear(dim, 2 * dim))
         self.patch_out = zero_init(nn.Linear(dim, self.out_channels * patch_size**2))
@@ -99,10 +101,12 @@ class DiT(nn.Module):
         elif self.position_table is not None:
             h = h + self.position_table.to(h.dtype)
         rope = axial_rope(rows, columns, self.head_dim, device=h.device) if self.rope else None
+        dtype = h.dtype
         for block in self.blocks:
-            h = block(h, condition, rope)
-        shift, scale = self.modulation(F.silu(condition)).to(h.dtype).chunk(2, dim=1)
-        patches = full_precision_output(self.patch_out, ops.layer_norm_modulate(h, shift, scale))  # [B, N, out * patch^2]
+            h = block(h, condition, rope, carry=True)
+        shift, scale = self.modulation(F.silu(condition)).to(dtype).chunk(2, dim=1)
+        _, h = apply(self.policy, "gate_residual_norm_modulate", *h, shift, scale)
+        patches = full_precision_output(self.patch_out, h)  # [B, N, out * patch^2]
         return self._image(patches, rows, columns)
 
     # Not pixel_shuffle and pixel_unshuffle, which get the shape of an empty batch wrong.

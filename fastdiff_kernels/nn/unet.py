@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .. import ops
 from .._checks import check_count
 from ._checks import divides, network_input
+from ._policy import apply, check_policy
 from .blocks import UNetAttentionBlock, UNetResBlock
 from .embedding import ConditionEmbedding, full_precision_output, zero_init
 
@@ -48,6 +48,7 @@ class UNet(nn.Module):
         condition_dim: width of the noise/class embedding; 4 * channels unless given.
         qk_norm: "rms" or None, for the attention.
         dropout: before the second convolution of each residual block.
+        policy: "auto", "always" or "never": whether the ops are called under torch.compile; see docs/blocks.md.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class UNet(nn.Module):
         qk_norm: str | None = None,
         dropout: float = 0.0,
         out_channels: int | None = None,
+        policy: str = "auto",
     ) -> None:
         super().__init__()
         self.in_channels = check_count(in_channels, "in_channels")
@@ -78,13 +80,15 @@ class UNet(nn.Module):
         condition_dim = condition_dim if condition_dim is not None else 4 * channels
         self.num_classes = num_classes
         self.downsampling = 2 ** (len(widths) - 1)
-        self.num_groups = num_groups
+        self.num_groups, self.policy = num_groups, check_policy(policy)
         self.embedding = ConditionEmbedding(condition_dim, num_classes)
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
 
         def stage(c_in: int, c_out: int, attends: bool, resample: str | None = None) -> _Stage:
-            block = UNetResBlock(c_in, c_out, condition_dim, num_groups=num_groups, dropout=dropout)
-            attention = UNetAttentionBlock(c_out, num_heads=num_heads, num_groups=num_groups, qk_norm=qk_norm) if attends else None
+            block = UNetResBlock(c_in, c_out, condition_dim, num_groups=num_groups, dropout=dropout, policy=policy)
+            if not attends:
+                return _Stage(block, None, resample)
+            attention = UNetAttentionBlock(c_out, num_heads=num_heads, num_groups=num_groups, qk_norm=qk_norm, policy=policy)
             return _Stage(block, attention, resample)
 
         skips, width = [channels], channels
@@ -125,5 +129,5 @@ class UNet(nn.Module):
             h = stage(h, condition)
         for stage in self.up:
             h = stage(h, condition, skips.pop())
-        h = ops.group_norm_silu(h, self.num_groups, self.norm_weight, self.norm_bias)
+        h = apply(self.policy, "group_norm_silu", h, self.num_groups, self.norm_weight, self.norm_bias)
         return full_precision_output(self.conv_out, h)

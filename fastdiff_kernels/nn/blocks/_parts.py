@@ -1,0 +1,66 @@
+"""Parts that several blocks share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..._checks import check_choice, check_count
+from .._checks import divides
+from .._policy import apply
+
+HEAD_NORMS = ("rms", "layer", "rms_heads", "layer_heads")
+
+
+def check_heads(num_heads: int, dim: int, name: str = "dim") -> int:
+    """The width of a head; `num_heads` must divide `dim`."""
+    divides("num_heads", check_count(num_heads, "num_heads"), name, check_count(dim, name))
+    return dim // num_heads
+
+
+def check_qk_norm(qk_norm: str | None, choices: tuple[str, ...]) -> str | None:
+    """One of `choices`, or None."""
+    return qk_norm if qk_norm is None else check_choice(qk_norm, "qk_norm", choices)
+
+
+def qk_weight(qk_norm: str | None, num_heads: int, head_dim: int) -> nn.Parameter | None:
+    """Ones: [D] for norms of each head, [heads * D] for norms over all of them."""
+    if qk_norm is None:
+        return None
+    return nn.Parameter(torch.ones(num_heads * head_dim if qk_norm.endswith("_heads") else head_dim))
+
+
+def feed_forward(dim: int, mlp_ratio: float) -> nn.Sequential:
+    """Linear, GELU (tanh), Linear, with a hidden width of int(mlp_ratio * dim)."""
+    hidden = int(dim * mlp_ratio)
+    if hidden < 1:
+        raise ValueError(f"mlp_ratio must leave at least one hidden channel, got mlp_ratio={mlp_ratio} with dim={dim}")
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+
+
+def split_heads(packed: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """Views [B, N, heads, D] of one projection [B, N, parts * heads * D]."""
+    return packed.unflatten(2, (parts, num_heads, packed.shape[2] // (parts * num_heads))).unbind(2)
+
+
+def beside(modulation: Tensor, x: Tensor) -> Tensor:
+    """modulation in a dtype that the ops take beside x: autocast computes it in 16 bits where x may be wider."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    return modulation if narrow and modulation.dtype == torch.float32 else modulation.to(x.dtype)
+
+
+def normalise_and_rotate(
+    policy: str,
+    norm: str | None,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q and k as attention takes them; untouched where there is nothing to do."""
+    if norm is None and rope is None:
+        return q, k
+    wide = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = (None, None) if rope is None else (table.to(wide) for table in rope)
+    return apply(policy, "qk_norm_rope", q, k, q_weight, k_weight, cos, sin, norm=norm)
