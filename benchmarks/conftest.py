@@ -1,38 +1,79 @@
-"""`pytest benchmarks`: one table at the end; `--save-rows` appends it to benchmarks/results/."""
+"""`pytest benchmarks`: the workloads of every bench_*.py in every dtype and mode, one table at the end, appended to results/ on request."""
 
 from __future__ import annotations
+
+import importlib.util
 
 import pytest
 import torch
 
-from .harness import RESULTS, Session, device_name
+from .harness import RESULTS, Session
+from .provenance import device_name
+from .workloads import Case, cases
 
 _SESSION = pytest.StashKey[Session]()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+USUAL = {"cpu": ("float32",), "cuda": ("bfloat16",)}
+RIVAL_PACKAGES = ("liger_kernel", "apex", "flashinfer", "xformers", "flash_attn")
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastdiff")
     group.addoption("--save-rows", action="store_true", help="append the rows to benchmarks/results/")
     group.addoption("--quick", action="store_true", help="half a second a case instead of two")
+    group.addoption("--network", action="append", default=[], help="only workloads of this network, for instance DiT-XL/2")
+    group.addoption("--dtype", action="append", default=[], choices=DTYPES, help=f"default: {USUAL[DEVICE][0]} on this machine")
+    group.addoption("--max-autotune", action="store_true", help="torch.compile(mode='max-autotune') as one more provider")
 
 
 def pytest_configure(config):
-    config.stash[_SESSION] = Session()
+    config.stash[_SESSION] = Session(DEVICE, 0.5 if config.getoption("--quick") else 2.0)
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        networks, dtypes = (metafunc.config.getoption(name) for name in ("--network", "--dtype"))
+        chosen = [w for w in metafunc.module.WORKLOADS if not networks or w.network in networks]
+        found = cases(chosen, [DTYPES[name] for name in dtypes or USUAL[DEVICE]])
+        metafunc.parametrize("case", found, ids=[str(c).replace(" ", "-") for c in found])
 
 
 @pytest.fixture
-def compare(request, benchmark):
-    """Session.compare with the seconds asked for; the last variant is also run under pytest-benchmark, with the speed-ups beside it."""
-    session, seconds = request.config.stash[_SESSION], 0.5 if request.config.getoption("--quick") else 2.0
+def measure(request, benchmark):
+    """Session.measure of every provider; ours is also run under pytest-benchmark, with the speed-ups beside it."""
+    session: Session = request.config.stash[_SESSION]
 
-    def run(case, mode, variants, truth, **options):
-        benchmark.group = f"{case} {mode}"
-        speedups = session.compare(case, mode, variants, truth, seconds=seconds, **options)
-        benchmark.extra_info.update({f"speedup_over_eager/{name}": round(value, 3) for name, value in speedups.items()})
-        benchmark.pedantic(list(variants.values())[-1], rounds=3, iterations=1, warmup_rounds=1)
-        return speedups
+    def run(case: Case) -> dict[str, float]:
+        w = case.workload
+        benchmark.group = f"{w.op} {case.mode}"
+        measured = session.measure(
+            case, {"eager": w.eager, **_compiled(w, request.config.getoption("--max-autotune")), **w.rivals, "ours": w.ours}
+        )
+        benchmark.extra_info.update({f"speedup_over_eager/{name}": round(value, 3) for name, value in measured.speedups.items()})
+        benchmark.pedantic(_synchronised(measured.runs["ours"]), rounds=3, iterations=1, warmup_rounds=1)
+        return measured.speedups
 
     return run
+
+
+def _compiled(w, max_autotune: bool) -> dict:
+    if not w.compiled:
+        return {}
+    found = {"compile": torch.compile(w.eager, dynamic=False)}
+    if max_autotune:
+        found["compile-max"] = torch.compile(w.eager, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return found
+
+
+def _synchronised(run):
+    def call():
+        results = run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return results
+
+    return call
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +81,24 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     session = config.stash[_SESSION]
-    if session.rows:
-        terminalreporter.section(f"side by side on {device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        terminalreporter.write_line("\n".join(session.table()))
-        if config.getoption("--save-rows"):
-            path = RESULTS / "rows.csv"
-            session.save(path)
-            terminalreporter.write_line(f"appended to {path}")
+    if not session.rows:
+        return
+    terminalreporter.section(f"side by side on {device_name(DEVICE)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    terminalreporter.write_line("\n".join(session.table()))
+    absent = [name for name in RIVAL_PACKAGES if importlib.util.find_spec(name) is None]
+    terminalreporter.write_line(f"not installed here, so not compared with: {', '.join(absent) or 'nothing'}")
+    if DEVICE == "cpu":
+        terminalreporter.write_line("not measured: anything on a GPU")
+    if config.getoption("--save-rows"):
+        path = RESULTS / "rows.csv"
+        session.save(path)
+        terminalreporter.write_line(f"appended to {path}")

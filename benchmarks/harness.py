@@ -1,153 +1,170 @@
-"""Side-by-side timing: variants of one computation, checked against the truth first, then run turn by turn so that drift hits all alike."""
+"""Side-by-side measurement: every provider of a case is checked against the truth first, then all are timed turn by turn."""
 
 from __future__ import annotations
 
 import csv
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .ceilings import copy_bandwidth, matmul_rate
+from .memory import peak_bytes
+from .provenance import Provenance
+from .timing import Times, interleave
+from .workloads import Case
+
 RESULTS = Path(__file__).parent / "results"
-FIELDS = ("date", "commit", "device", "threads", "torch", "case", "mode", "variant", "p20_ms", "p50_ms", "p80_ms", "speedup_over_eager")
 
 
 class WrongResult(AssertionError):
-    """A variant failed its check; its time would mean nothing."""
+    """A provider failed its check; its time would mean nothing."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """Milliseconds of one variant of one case."""
+    """One provider of one case. Fractions are of ceilings measured in the same run; a bound that does not apply is empty."""
 
-    case: str
+    op: str
+    network: str
+    shape: str
+    dtype: str
     mode: str
-    variant: str
-    p20: float
-    p50: float
-    p80: float
-    speedup: float
+    provider: str
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    x_eager: float
+    x_compile: float | None
+    x_best_rival: float | None
+    """Against the fastest of the providers that are neither eager, compile nor ours."""
+    gb_per_s: float
+    of_copy: float
+    tflop_per_s: float | None
+    of_matmul: float | None
+    launch_bound: bool
+    peak_mb: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was run, by provider, and each one's speed-up over eager."""
+
+    runs: dict[str, Callable[[], tuple[Tensor, ...]]]
+    speedups: dict[str, float]
+
+
+FIELDS = (*(f.name for f in fields(Provenance)), *(f.name for f in fields(Row)))
 
 
 @dataclass
 class Session:
-    """The rows of one run, and where they were measured."""
+    """The rows of one run."""
 
+    device: str
+    seconds: float
     rows: list[Row] = field(default_factory=list)
 
-    def compare(
-        self,
-        case: str,
-        mode: str,
-        variants: dict[str, Callable[[], Tensor | Sequence[Tensor]]],
-        truth: Sequence[Tensor],
-        *,
-        factor: float = 2.0,
-        seconds: float = 2.0,
-    ) -> dict[str, float]:
-        """Times every variant and returns its speed-up over the variant "eager", which must be there.
+    def measure(self, case: Case, providers: Mapping[str, Callable]) -> Measured:
+        """Adds a row for each provider, "eager" among them.
 
-        truth: the outputs in float64. A variant whose error is more than factor times eager's raises WrongResult before anything is timed.
+        A provider whose error is more than the workload's factor times eager's raises WrongResult before anything is timed.
         """
-        eager_errors = _errors(variants["eager"](), truth)
-        for name, run in variants.items():
-            _check(name, _errors(run(), truth), eager_errors, truth, factor)
-        samples = _interleave(variants, seconds)
-        base = statistics.median(samples["eager"])
-        for name, times in samples.items():
-            p20, p50, p80 = (1e3 * q for q in (_quantile(times, 0.2), _quantile(times, 0.5), _quantile(times, 0.8)))
-            self.rows.append(Row(case, mode, name, p20, p50, p80, 1e3 * base / p50))
-        return {name: base / statistics.median(times) for name, times in samples.items()}
+        drawn = case.workload.inputs()
+        args = case.inputs(case.dtype, self.device, drawn)
+        exact, upstream = self._truth(case, drawn)
+        runs = {name: case.bind(fn, args, [u.to(case.dtype if u.shape else u.dtype) for u in upstream]) for name, fn in providers.items()}
+        self._check_all(case, runs, args, upstream, exact)
+        times = interleave(runs, self.seconds, self.device)
+        moved = case.bytes(args, runs["eager"]())
+        for name, run in runs.items():
+            self.rows.append(self._row(case, name, times, moved, case.flops(args), peak_bytes(run, self.device)))
+        return Measured(runs, {name: times["eager"].median / t.median for name, t in times.items()})
+
+    def _truth(self, case: Case, drawn: Sequence[Any]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """The results in float64 of the inputs as rounded to the case's dtype, and the outputs' gradients that went into them."""
+        w = case.workload
+        rounded = case.inputs(case.dtype, self.device, drawn)
+        wide = case.inputs(torch.float64, self.device, [a.detach() if isinstance(a, Tensor) else a for a in rounded])
+        with torch.no_grad():
+            outputs = Case(w, torch.float64, "forward").bind(w.checkable or w.eager, wide, [])()
+        upstream = [torch.randn_like(o).to(case.dtype if o.dim() > 1 else torch.float32) for o in outputs]
+        return case.bind(w.checkable or w.eager, wide, [u.double() for u in upstream])(), upstream
+
+    def _check_all(
+        self, case: Case, runs: Mapping[str, Callable], args: Sequence[Any], upstream: Sequence[Tensor], exact: Sequence[Tensor]
+    ) -> None:
+        w = case.workload
+        standard = runs["eager"] if w.checkable is None else case.bind(w.checkable, args, upstream)
+        allowed = _errors(standard(), exact)
+        for name, run in runs.items():
+            if w.checkable is None or name not in ("eager", "compile", "compile-max"):
+                _check(f"{case}: {name}", _errors(run(), exact), allowed, exact, w.factor, case.dtype)
+
+    def _row(self, case: Case, name: str, times: Mapping[str, Times], moved: int, operations: int | None, peak: int) -> Row:
+        t, w = times[name], case.workload
+        rivals = [other.median for rival, other in times.items() if not rival.startswith(("eager", "compile", "ours"))]
+        rate = None if operations is None else operations / t.median
+        return Row(
+            op=w.op,
+            network=w.network,
+            shape=w.shape if isinstance(w.shape, str) else "x".join(map(str, w.shape)),
+            dtype=str(case.dtype).removeprefix("torch."),
+            mode=case.mode,
+            provider=name,
+            p20_ms=1e3 * t.quantile(0.2),
+            p50_ms=1e3 * t.median,
+            p80_ms=1e3 * t.quantile(0.8),
+            x_eager=times["eager"].median / t.median,
+            x_compile=times["compile"].median / t.median if "compile" in times else None,
+            x_best_rival=min(rivals) / t.median if rivals else None,
+            gb_per_s=moved / t.median / 1e9,
+            of_copy=moved / t.median / copy_bandwidth(self.device),
+            tflop_per_s=None if rate is None else rate / 1e12,
+            of_matmul=None if rate is None else rate / matmul_rate(self.device, case.dtype),
+            launch_bound=t.launch_bound,
+            peak_mb=peak / 1e6,
+        )
 
     def table(self) -> list[str]:
         """The rows as text, one case after another."""
-        lines = [f"{'case':44} {'mode':10} {'variant':10} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'x eager':>8}"]
+        lines = [
+            f"{'op':30} {'network':12} {'shape':>18} {'dtype':8} {'mode':8} {'provider':14} {'p50 ms':>9} {'x eager':>8} {'x comp.':>8}"
+            f" {'% copy':>7} {'% mm':>6} {'peak MB':>8}"
+        ]
         for r in self.rows:
-            lines.append(f"{r.case:44} {r.mode:10} {r.variant:10} {r.p20:9.3f} {r.p50:9.3f} {r.p80:9.3f} {r.speedup:8.2f}")
+            of_matmul = None if r.of_matmul is None else 100 * r.of_matmul
+            lines.append(
+                f"{r.op:30} {r.network:12} {r.shape:>18} {r.dtype:8} {r.mode:8} {r.provider:14} {r.p50_ms:9.3f} {r.x_eager:8.2f}"
+                f" {_or_dash(r.x_compile, 8, 2)} {100 * r.of_copy:7.1f} {_or_dash(of_matmul, 6, 1)} {r.peak_mb:8.2f}"
+            )
         return lines
 
     def save(self, path: Path) -> None:
         """Appends the rows, with their provenance, to a CSV file."""
         fresh = not path.exists()
+        where = astuple(Provenance.here(self.device))
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
             if fresh:
                 writer.writerow(FIELDS)
-            where = (
-                datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                _commit(),
-                device_name(),
-                torch.get_num_threads(),
-                torch.__version__,
-            )
-            for r in self.rows:
-                writer.writerow((*where, r.case, r.mode, r.variant, *(f"{t:.4f}" for t in (r.p20, r.p50, r.p80)), f"{r.speedup:.3f}"))
+            for row in self.rows:
+                writer.writerow((*where, *(f"{v:.4g}" if isinstance(v, float) else v for v in astuple(row))))
 
 
-def device_name() -> str:
-    """The GPU's name, or the CPU's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def _or_dash(value: float | None, width: int, digits: int) -> str:
+    return f"{value:{width}.{digits}f}" if value is not None else f"{'-':>{width}}"
 
 
-def forward_backward(fn: Callable[..., Tensor | Sequence[Tensor]], leaves: Sequence[Tensor], upstream: Sequence[Tensor]) -> Callable:
-    """fn of the leaves and its gradients, for upstream gradients, as one call without arguments."""
-
-    def run() -> tuple[Tensor, ...]:
-        outputs = fn(*leaves)
-        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        return (*outputs, *torch.autograd.grad(outputs, leaves, upstream))
-
-    return run
+def _errors(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    return [(o.detach().double() - t).abs().max().item() if t.numel() else 0.0 for o, t in zip(outputs, exact, strict=True)]
 
 
-def _errors(outputs: Tensor | Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    return [(o.detach().double() - t).abs().max().item() for o, t in zip(outputs, truth, strict=True)]
-
-
-def _check(name: str, errors: list[float], eager: list[float], truth: Sequence[Tensor], factor: float) -> None:
-    for i, (error, allowed, t) in enumerate(zip(errors, eager, truth, strict=True)):
-        rounding = torch.finfo(torch.float32).eps * t.abs().max().item()
-        if not error <= max(factor * allowed, rounding):
-            raise WrongResult(f"{name}: output {i} is {error:.3e} from the truth; eager {allowed:.3e}, one rounding {rounding:.3e}")
-
-
-def _interleave(variants: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    for run in variants.values():
-        run()
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(samples["eager"]) < 5:
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            _synchronise()
-            samples[name].append(time.perf_counter() - start)
-    return samples
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _quantile(values: list[float], q: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
-    return done.stdout.strip() or "unknown"
+def _check(name: str, errors: list[float], allowed: list[float], exact: Sequence[Tensor], factor: float, dtype: torch.dtype) -> None:
+    for i, (error, eager, t) in enumerate(zip(errors, allowed, exact, strict=True)):
+        rounding = torch.finfo(dtype).eps * t.abs().max().item()
+        if not error <= max(factor * eager, rounding):
+            raise WrongResult(f"{name}: output {i} is {error:.3e} from the truth; eager {eager:.3e}, one rounding {rounding:.3e}")
