@@ -114,6 +114,12 @@ def channels_last_aware_empty(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _normalised_and_statistics(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, inverse_deviation = (x.new_empty((x.shape[0], num_groups), dtype=dtype) for _ in range(2))
+    return channels_last_aware_empty(x), mean, inverse_deviation
+
+
 def _per_element(count: int, argument: int = 0) -> Callable[..., int]:
     return lambda *args: count * args[argument].numel()
 
@@ -163,9 +169,10 @@ _TABLE = (
     ),
     Op(
         "group_norm_silu", "group_norm",
-        "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, str? activation) -> Tensor",
-        _R.group_norm.group_norm_silu, lambda x, *_: channels_last_aware_empty(x), ("cpu",),
-        differentiable=("x", "weight", "bias", "scale", "shift"), keeps_channels_last=True, flops=_per_element(14),
+        "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, str? activation)"
+        " -> (Tensor, Tensor, Tensor)",
+        _R.group_norm.group_norm_silu, _normalised_and_statistics, ("cpu",), differentiable=("x", "weight", "bias", "scale", "shift"),
+        saved=(1, 2), auxiliary=(1, 2), keeps_channels_last=True, flops=_per_element(14),
     ),
     Op(
         "lcss_noise", "score_matching", "(Tensor x, Tensor seed, int offset) -> Tensor",

@@ -44,7 +44,7 @@ Acceptable = tuple[Sequence[Placement], Sequence[Placement | None]]
 def _rule(op: Op) -> Callable[..., list[Acceptable]]:
     forward = OPS[op.backward_of or op.name]
     outputs = len(overload(op).default._schema.returns)
-    gradients = len(overload(forward).default._schema.returns) if op.backward_of else 0
+    gradients = len(forward.primary) if op.backward_of else 0
 
     def rule(*args: Any) -> list[Acceptable]:
         call = args[gradients : gradients + len(forward.arguments)]

@@ -221,10 +221,11 @@ def test_fake_gradients_have_the_layout_of_the_real_ones(name: str):
     args = [x, 2, None, None, None, None, 1e-5, "silu"] if name == "group_norm_silu" else [x, x.clone(), torch.ones(1)]
     needs = [True, *[False] * (len(op.differentiable) - 1)]
     backward = getattr(torch.ops.fastdiff, f"{name}_backward").default
-    grad = torch.ones_like(call_of(op)(*args))
-    real = outputs_of(backward(grad, *args, needs))[0]
+    outputs = outputs_of(call_of(op)(*args))
+    call = (torch.ones_like(outputs[0]), *args, *(outputs[i] for i in op.saved))
+    real = outputs_of(backward(*call, needs))[0]
     with torch._subclasses.FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in (grad, *args)]
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in call]
         fake = outputs_of(backward(*fakes, needs))[0]
     assert fake.stride() == real.stride()
 

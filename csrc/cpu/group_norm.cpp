@@ -64,7 +64,7 @@ FD_INLINE void for_each_channel(int64_t begin, int64_t end, int64_t positions, F
 constexpr int64_t kTile = 1024;
 
 template <bool kSilu, class T>
-void forward_planes(const T* x, T* y, const Layout& layout, const Affine<Acc<T>>& affine, double eps) {
+void forward_planes(const T* x, T* y, const Layout& layout, const Affine<Acc<T>>& affine, double eps, Statistics<Acc<T>> statistics) {
   using A = Acc<T>;
   for_each_group(layout, [&, x, y](int64_t first, int64_t last) {
     const int64_t count = layout.group_elements();
@@ -73,12 +73,13 @@ void forward_planes(const T* x, T* y, const Layout& layout, const Affine<Acc<T>>
       const T* in = x + i * count;
       T* out = y + i * count;
       const Standard<A> s = standard<A>(moments(in, count), eps);
+      statistics.put(i, s);
       const A mean = s.mean;
       const A *gains = affine.gain.data + i * layout.group_channels(), *offsets = affine.offset.data + i * layout.group_channels();
       for (int64_t begin = 0; begin < count; begin += kTile) {
         const int64_t end = std::min(begin + kTile, count);
         for_each_channel(begin, end, layout.positions, [&](int64_t c, int64_t from, int64_t to) {
-          const A gain = static_cast<A>(s.inverse * gains[c]), offset = offsets[c];
+          const A gain = s.inverse * gains[c], offset = offsets[c];
 #pragma omp simd
           for (int64_t l = from; l < to; ++l) z[l - begin] = (load(in[l]) - mean) * gain + offset;
         });
@@ -104,7 +105,7 @@ FD_INLINE void group_sums(
   for (int64_t begin = 0; begin < count; begin += kTile) {
     const int64_t end = std::min(begin + kTile, count);
     for_each_channel(begin, end, positions, [&](int64_t c, int64_t from, int64_t to) {
-      const A gain = static_cast<A>(s.inverse * gains[c]), offset = offsets[c], mean = s.mean;
+      const A gain = s.inverse * gains[c], offset = offsets[c], mean = s.mean;
 #pragma omp simd
       for (int64_t l = from; l < to; ++l) {
         centred[l - begin] = load(x[l]) - mean;
@@ -124,15 +125,15 @@ FD_INLINE void group_sums(
 
 template <bool kSilu, class T>
 void backward_planes(
-    const T* grad, const T* x, T* grad_x, const Tensor& like, const Layout& layout, const Affine<Acc<T>>& affine, double eps,
-    ChannelSums sums) {
+    const T* grad, const T* x, T* grad_x, const Tensor& like, const Layout& layout, const Affine<Acc<T>>& affine,
+    Statistics<const Acc<T>> statistics, ChannelSums sums) {
   using A = Acc<T>;
   for_each_group(layout, [&, grad, x, grad_x](int64_t first, int64_t last) {
     const int64_t positions = layout.positions, width = layout.group_channels(), count = layout.group_elements();
     Scratch<A> grad_z(like, count);
     for (int64_t i = first; i < last; ++i) {
       const T* in = x + i * count;
-      const Standard<A> s = standard<A>(moments(in, count), eps);
+      const Standard<A> s = statistics.of(i);
       const A *gains = affine.gain.data + i * width, *offsets = affine.offset.data + i * width;
       double *plain = sums.plain + i * width, *product = sums.product + i * width;
       std::fill(plain, plain + width, 0.0);
@@ -147,7 +148,7 @@ void backward_planes(
       if (grad_x == nullptr) continue;
       const GroupGradient<A> g = group_gradient<A>(sum, weighted, double(count), s.inverse);
       for_each_channel(0, count, positions, [&](int64_t c, int64_t from, int64_t to) {
-        const A gain = static_cast<A>(s.inverse * gains[c]), mean = s.mean;
+        const A gain = s.inverse * gains[c], mean = s.mean;
         const A* dz = grad_z.data;
         T* out = grad_x + i * count;
 #pragma omp simd
@@ -177,14 +178,23 @@ struct Pieces {
   }
 };
 
-// What turns x into z beside the affine's offset: z = (x - mean) * gain + offset. Arrays [B, C]; inverse [B, groups].
+// What turns x into z beside the affine's offset: z = (x - mean) * gain + offset. Arrays [B, C].
 template <class A>
 struct Coefficients {
   Scratch<A> mean, gain;
-  Scratch<double> inverse;
 
-  Coefficients(const Tensor& like, const Layout& layout)
-      : mean(like, layout.batch * layout.channels), gain(like, layout.batch * layout.channels), inverse(like, layout.batch * layout.groups) {}
+  Coefficients(const Tensor& like, const Layout& layout, const Affine<A>& affine, Statistics<const A> statistics)
+      : mean(like, layout.batch * layout.channels), gain(like, layout.batch * layout.channels) {
+    const int64_t width = layout.group_channels();
+    for (int64_t i = 0; i < layout.batch * layout.groups; ++i) {
+      const Standard<A> s = statistics.of(i);
+#pragma omp simd
+      for (int64_t c = i * width; c < (i + 1) * width; ++c) {
+        mean.data[c] = s.mean;
+        gain.data[c] = s.inverse * affine.gain.data[c];
+      }
+    }
+  }
 };
 
 // A piece's moments for each group, with room for two values a channel.
@@ -218,8 +228,7 @@ void piece_moments(const T* x, int64_t rows, const Layout& layout, Acc<T>* room,
 }
 
 template <class T>
-Coefficients<Acc<T>> row_coefficients(
-    const Tensor& input, const Layout& layout, const Pieces& pieces, const Affine<Acc<T>>& affine, double eps) {
+void row_statistics(const Tensor& input, const Layout& layout, const Pieces& pieces, double eps, Statistics<Acc<T>> statistics) {
   using A = Acc<T>;
   const T* x = read<T>(input);
   std::vector<Moments> partial(layout.batch * pieces.count * layout.groups);
@@ -227,30 +236,23 @@ Coefficients<Acc<T>> row_coefficients(
     const T* begin = x + b * layout.sample_elements() + first * layout.channels;
     piece_moments(begin, rows, layout, room, &partial[(b * pieces.count + piece) * layout.groups]);
   });
-  Coefficients<A> result(input, layout);
-  const int64_t width = layout.group_channels();
   for (int64_t b = 0; b < layout.batch; ++b) {
     for (int64_t g = 0; g < layout.groups; ++g) {
       Moments total{0, 0, 0};
       for (int64_t p = 0; p < pieces.count; ++p) total = merged(total, partial[(b * pieces.count + p) * layout.groups + g]);
-      const Standard<A> s = standard<A>(total, eps);
-      result.inverse.data[b * layout.groups + g] = s.inverse;
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-        const int64_t at = b * layout.channels + c;
-        result.mean.data[at] = s.mean;
-        result.gain.data[at] = static_cast<A>(s.inverse * affine.gain.data[at]);
-      }
+      statistics.put(b * layout.groups + g, standard<A>(total, eps));
     }
   }
-  return result;
 }
 
 template <bool kSilu, class T>
-void forward_rows(const Tensor& input, T* y, const Layout& layout, const Affine<Acc<T>>& affine, double eps) {
+void forward_rows(
+    const Tensor& input, T* y, const Layout& layout, const Affine<Acc<T>>& affine, double eps, Statistics<Acc<T>> statistics) {
   using A = Acc<T>;
   const T* x = read<T>(input);
   const Pieces pieces(layout);
-  const Coefficients<A> k = row_coefficients<T>(input, layout, pieces, affine, eps);
+  row_statistics<T>(input, layout, pieces, eps, statistics);
+  const Coefficients<A> k(input, layout, affine, {statistics.mean, statistics.inverse});
   pieces.for_each<A>(input, layout, 0, [&, x, y](int64_t b, int64_t, int64_t first, int64_t rows, A*) {
     const int64_t channels = layout.channels;
     const A *mean = k.mean.data + b * channels, *gain = k.gain.data + b * channels, *offset = affine.offset.data + b * channels;
@@ -292,11 +294,12 @@ void row_sums(
 
 template <bool kSilu, class T>
 void backward_rows(
-    const T* grad, const Tensor& input, T* grad_x, const Layout& layout, const Affine<Acc<T>>& affine, double eps, ChannelSums sums) {
+    const T* grad, const Tensor& input, T* grad_x, const Layout& layout, const Affine<Acc<T>>& affine, Statistics<const Acc<T>> statistics,
+    ChannelSums sums) {
   using A = Acc<T>;
   const T* x = read<T>(input);
   const Pieces pieces(layout);
-  const Coefficients<A> k = row_coefficients<T>(input, layout, pieces, affine, eps);
+  const Coefficients<A> k(input, layout, affine, statistics);
   const int64_t channels = layout.channels, width = layout.group_channels();
   Scratch<A> grad_z(input, layout.batch * layout.sample_elements()), partial(input, layout.batch * pieces.count * 2 * channels);
   row_sums<kSilu>(grad, x, grad_z.data, layout, pieces, affine, k, partial.data);
@@ -304,7 +307,7 @@ void backward_rows(
   Scratch<A> slopes(input, layout.batch * channels), constants(input, layout.batch * channels);
   for (int64_t b = 0; b < layout.batch; ++b) {
     for (int64_t g = 0; g < layout.groups; ++g) {
-      const double inverse = k.inverse.data[b * layout.groups + g];
+      const double inverse = statistics.inverse[b * layout.groups + g];
       double group_sum = 0, group_product = 0;
       for (int64_t c = g * width; c < (g + 1) * width; ++c) {
         double plain = 0, product = 0;
@@ -348,24 +351,25 @@ void with_activation(const std::optional<std::string>& activation, F&& body) {
   }
 }
 
-Tensor group_norm_silu(
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(
     const Tensor& x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, OptionalTensor scale, OptionalTensor shift, double eps,
     std::optional<std::string> activation) {
   const Layout layout(x, num_groups);
   const Tensor input = layout.arranged(x);
-  Tensor out = layout.empty(x);
+  Tensor out = layout.empty(x), mean = layout.empty_statistics(x), inverse = layout.empty_statistics(x);
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
+    const Statistics<Acc<T>> statistics{write<Acc<T>>(mean), write<Acc<T>>(inverse)};
     const Affine<Acc<T>> affine(x, layout, weight, bias, scale, shift);
     with_activation(activation, [&](auto silu) {
       if (layout.rows) {
-        forward_rows<silu()>(input, write<T>(out), layout, affine, eps);
+        forward_rows<silu()>(input, write<T>(out), layout, affine, eps, statistics);
       } else {
-        forward_planes<silu()>(read<T>(input), write<T>(out), layout, affine, eps);
+        forward_planes<silu()>(read<T>(input), write<T>(out), layout, affine, eps, statistics);
       }
     });
   });
-  return out;
+  return {out, mean, inverse};
 }
 
 // A gradient of shape [B, C] from value(b, c).
@@ -401,22 +405,23 @@ Tensor over_batch(const OptionalTensor& like, const Layout& layout, F&& value) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
     const Tensor& grad, const Tensor& x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias, OptionalTensor scale,
-    OptionalTensor shift, double eps, std::optional<std::string> activation, std::vector<bool> needs) {
+    OptionalTensor shift, double, std::optional<std::string> activation, const Tensor& mean, const Tensor& inverse, std::vector<bool> needs) {
   const Layout layout(x, num_groups);
-  const Tensor input = layout.arranged(x), upstream = layout.arranged(grad);
+  const Tensor input = layout.arranged(x), upstream = layout.arranged(grad), means = dense(mean), inverses = dense(inverse);
   Tensor grad_x = needs[0] ? layout.empty(x) : absent(x);
   Tensor grad_weight = absent(x), grad_bias = absent(x), grad_scale = absent(x), grad_shift = absent(x);
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
     const Affine<A> affine(x, layout, weight, bias, scale, shift);
+    const Statistics<const A> statistics{read<A>(means), read<A>(inverses)};
     T* out = needs[0] ? write<T>(grad_x) : nullptr;
     Scratch<double> plain(x, layout.batch * layout.channels), product(x, layout.batch * layout.channels);
     with_activation(activation, [&](auto silu) {
       if (layout.rows) {
-        backward_rows<silu()>(read<T>(upstream), input, out, layout, affine, eps, {plain.data, product.data});
+        backward_rows<silu()>(read<T>(upstream), input, out, layout, affine, statistics, {plain.data, product.data});
       } else {
-        backward_planes<silu()>(read<T>(upstream), read<T>(input), out, x, layout, affine, eps, {plain.data, product.data});
+        backward_planes<silu()>(read<T>(upstream), read<T>(input), out, x, layout, affine, statistics, {plain.data, product.data});
       }
     });
     const auto at = [&](int64_t b, int64_t c) { return b * layout.channels + c; };

@@ -3,6 +3,7 @@
 // To be included between variant_begin.h and variant_end.h, after cpu/torch.h.
 
 #include "cpu/common.h"
+#include "fastdiff/group_norm.h"
 
 namespace fastdiff::FASTDIFF_VARIANT {
 
@@ -31,6 +32,9 @@ struct Layout {
     if (format == MemoryFormat::Contiguous) return empty_as(x);
     return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
   }
+  Tensor empty_statistics(const Tensor& x) const {
+    return torch::stable::new_empty(x, {batch, groups}, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  }
 
  private:
   static bool channels_last(const Tensor& x) {
@@ -55,6 +59,18 @@ struct Scratch {
   Scratch(const Tensor& like, int64_t size)
       : tensor(torch::stable::new_empty(like, {size}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float)),
         data(write<A>(tensor)) {}
+};
+
+// Mean and inverse deviation of every group, [B, groups].
+template <class A>
+struct Statistics {
+  A *mean, *inverse;
+
+  void put(int64_t i, const Standard<A>& s) const {
+    mean[i] = s.mean;
+    inverse[i] = s.inverse;
+  }
+  Standard<std::remove_const_t<A>> of(int64_t i) const { return {mean[i], inverse[i]}; }
 };
 
 // A tensor [C] or [B, C] of any strides read in A, or a constant in its place.

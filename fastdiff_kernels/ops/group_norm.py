@@ -57,7 +57,7 @@ def group_norm_silu(
         if parameter is not None:
             _check_parameter(name, parameter, shape, x)
     check_choice(op, "activation", activation, ("silu", None))
-    return _group_norm_silu(x, groups, weight, bias, scale, shift, check_positive(op, "eps", eps), activation)
+    return _group_norm_silu(x, groups, weight, bias, scale, shift, check_positive(op, "eps", eps), activation)[0]
 
 
 def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], x: Tensor) -> None:

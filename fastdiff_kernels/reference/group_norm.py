@@ -17,14 +17,17 @@ def group_norm_silu(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     activation: str | None = "silu",
-) -> Tensor:
-    """silu(GN(x) (1 + scale) + shift) for x [B, C, ...]; weight, bias [C]; scale, shift [B, C]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """silu(GN(x) (1 + scale) + shift) for x [B, C, ...]; weight, bias [C]; scale, shift [B, C]. Beside it the groups' means and
+    1 / sqrt(variance + eps), [B, num_groups]."""
     dtype = compute_dtype(x)
     # Splitting the channels, and not flattening the positions, keeps a channels_last layout through to the result.
     groups = x.to(dtype).unflatten(1, (num_groups, x.shape[1] // num_groups))  # [B, G, C/G, ...]
     within = tuple(range(2, groups.dim()))
-    groups = groups - groups.mean(within, keepdim=True)
-    y = (groups * torch.rsqrt(groups.square().mean(within, keepdim=True) + eps)).flatten(1, 2)
+    mean = groups.mean(within, keepdim=True)
+    groups = groups - mean
+    inverse_deviation = torch.rsqrt(groups.square().mean(within, keepdim=True) + eps)
+    y = (groups * inverse_deviation).flatten(1, 2)
     trailing = [1] * (x.dim() - 2)
     if weight is not None:
         y = y * weight.to(dtype).reshape(-1, *trailing)
@@ -34,4 +37,5 @@ def group_norm_silu(
         y = y * (1 + scale.to(dtype).reshape(*scale.shape, *trailing))
     if shift is not None:
         y = y + shift.to(dtype).reshape(*shift.shape, *trailing)
-    return (torch.nn.functional.silu(y) if activation == "silu" else y).to(x.dtype)
+    y = torch.nn.functional.silu(y) if activation == "silu" else y
+    return y.to(x.dtype), mean.flatten(1), inverse_deviation.flatten(1)

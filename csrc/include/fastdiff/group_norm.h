@@ -19,14 +19,13 @@ FD_INLINE Moments merged(Moments a, Moments b) {
 
 template <class A>
 struct Standard {
-  A mean;
-  double inverse;  // 1 / sqrt(variance + eps)
+  A mean, inverse;  // inverse: 1 / sqrt(variance + eps)
 };
 
 template <class A>
 FD_INLINE Standard<A> standard(Moments m, double eps) {
   const double variance = m.count > 0 ? m.squares / m.count : 0;
-  return {static_cast<A>(m.mean), 1 / std::sqrt(variance + eps)};
+  return {static_cast<A>(m.mean), static_cast<A>(1 / std::sqrt(variance + eps))};
 }
 
 template <bool kSilu, class A>
