@@ -1,0 +1,131 @@
+"""The harness of `pytest benchmarks`: what gets a row, and what its columns count."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.harness import FIELDS, Session, WrongResult
+from benchmarks.memory import peak_bytes
+from benchmarks.timing import Times
+from benchmarks.workloads import Case, Workload
+
+BENCHES = sorted(path.stem for path in (Path(__file__).parents[1] / "benchmarks").glob("bench_*.py"))
+
+
+def product(x, y):
+    return x * y
+
+
+def workload(**changes) -> Workload:
+    settings = {"gradients": (0, 1), **changes}
+    return Workload("product", "none", (4, 8), lambda: [torch.randn(4, 8), torch.randn(4, 8)], product, product, **settings)
+
+
+def test_a_wrong_kernel_gets_no_row():
+    session = Session("cpu", 0.01)
+    with pytest.raises(WrongResult, match="broken: output 0"):
+        session.measure(Case(workload(), torch.float32, "forward"), {"eager": product, "broken": lambda x, y: x * y + 1e-3})
+    assert session.rows == []
+
+
+def test_a_wrong_gradient_gets_no_row():
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            ctx.save_for_backward(x, y)
+            return x * y
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, y = ctx.saved_tensors
+            return grad * y, grad * x / 2
+
+    session = Session("cpu", 0.01)
+    with pytest.raises(WrongResult, match="broken: output 2"):
+        session.measure(Case(workload(), torch.float32, "fwd+bwd"), {"eager": product, "broken": Halved.apply})
+    assert session.rows == []
+
+
+def test_a_kernel_that_returns_nan_gets_no_row():
+    session = Session("cpu", 0.01)
+    with pytest.raises(WrongResult):
+        session.measure(Case(workload(), torch.float32, "forward"), {"eager": product, "broken": lambda x, y: x * y * torch.nan})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["forward", "fwd+bwd"])
+def test_rows_are_ratios_of_one_run(mode, dtype):
+    session = Session("cpu", 0.01)
+    session.measure(Case(workload(), dtype, mode), {"eager": product, "rival": product, "ours": product})
+    eager, rival, ours = session.rows
+    assert ours.x_eager == pytest.approx(eager.p50_ms / ours.p50_ms)
+    assert ours.x_best_rival == pytest.approx(rival.p50_ms / ours.p50_ms)
+    assert ours.x_compile is None
+    assert ours.of_copy > 0
+    assert ours.p20_ms <= ours.p50_ms <= ours.p80_ms
+
+
+def test_random_providers_are_compared_with_what_can_be_checked():
+    """Eager draws its own numbers, so only ours is held to the truth."""
+    noisy = workload(checkable=product, gradients=())
+    session = Session("cpu", 0.01)
+    session.measure(Case(noisy, torch.float32, "forward"), {"eager": lambda x, y: x * torch.randn_like(y), "ours": product})
+    with pytest.raises(WrongResult, match="ours"):
+        session.measure(Case(noisy, torch.float32, "forward"), {"eager": product, "ours": lambda x, y: x + y})
+
+
+def test_bytes_are_one_read_and_one_write_each_way():
+    size = 4 * 8 * 4
+    forward, both = (Case(workload(), torch.float32, mode) for mode in ("forward", "fwd+bwd"))
+    args = forward.inputs(torch.float32, "cpu")
+    assert forward.bytes(args, product(*args).unsqueeze(0)) == 3 * size
+    leaves = both.inputs(torch.float32, "cpu")
+    results = both.bind(product, leaves, [torch.ones(4, 8)])()
+    # Two inputs and one output; then the inputs and the output's gradient again, and two gradients.
+    assert both.bytes(leaves, results) == (3 + 3 + 2) * size
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    x = torch.randn(1 << 16)  # 256 KiB
+    expected = {
+        x.nbytes: (lambda: x + 1, lambda: (x + 1).mul_(2)),
+        3 * x.nbytes: (lambda: (x + 1) + (x + 2),),
+        0: (lambda: x.neg_(),),
+    }
+    for size, runs in expected.items():
+        for run in runs:
+            # Numbers that become tensors of one element count as well.
+            assert size <= peak_bytes(run, "cpu") < size + 64
+
+
+def test_quantiles():
+    times = Times((5.0, 1.0, 3.0, 2.0, 4.0))
+    assert (times.quantile(0.2), times.median, times.quantile(0.8)) == (2.0, 3.0, 5.0)
+
+
+def test_rows_are_appended_with_their_provenance(tmp_path):
+    session, path = Session("cpu", 0.01), tmp_path / "rows.csv"
+    session.measure(Case(workload(), torch.float32, "forward"), {"eager": product})
+    session.save(path)
+    session.save(path)
+    with path.open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert tuple(first) == FIELDS
+    assert first["op"] == second["op"] == "product"
+    assert first["commit"]
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_workloads_are_well_formed(name):
+    """Each one's inputs can be drawn, and what is differentiated is a floating tensor."""
+    workloads = importlib.import_module(f"benchmarks.{name}").WORKLOADS
+    assert workloads
+    assert len({(w.op, w.network, w.shape) for w in workloads}) == len(workloads), "two workloads of one name"
+    for w in workloads:
+        inputs = w.inputs()
+        assert all(inputs[i].is_floating_point() for i in w.gradients)
