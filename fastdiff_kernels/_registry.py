@@ -129,30 +129,37 @@ def _attention_flops(q: Tensor, k: Tensor, *_: Any) -> int:
     return 4 * batch * heads * rows * k.shape[1] * width
 
 
+def _rows_and_channels(x: Tensor, *_: Any) -> tuple[int, int]:
+    return x.shape[0] * x.shape[1], x.shape[2]
+
+
 _R = definitions
 _ALL = ("cpu", "cuda", "triton")
 
 _TABLE = (
     Op(
-        "layer_norm_modulate", "modulate", "(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor",
+        "layer_norm_modulate", "modulate", "(Tensor x, Tensor shift, Tensor scale, Tensor? table, float eps) -> Tensor",
         _R.modulate.layer_norm_modulate, _like_first, ("cpu", "triton"),
-        differentiable=("x", "shift", "scale"), flops=_per_element(8),
+        differentiable=("x", "shift", "scale", "table"), flops=_per_element(8), size=_rows_and_channels,
     ),
     Op(
-        "rms_norm_modulate", "modulate", "(Tensor x, Tensor? weight, Tensor? shift, Tensor? scale, float eps) -> Tensor",
+        "rms_norm_modulate", "modulate", "(Tensor x, Tensor? weight, Tensor? shift, Tensor? scale, Tensor? table, float eps) -> Tensor",
         _R.modulate.rms_norm_modulate, _like_first, ("cpu", "triton"),
-        differentiable=("x", "weight", "shift", "scale"), flops=_per_element(7),
+        differentiable=("x", "weight", "shift", "scale", "table"), flops=_per_element(7), size=_rows_and_channels,
     ),
     Op(
-        "gate_residual", "modulate", "(Tensor residual, Tensor branch, Tensor gate) -> Tensor",
+        "gate_residual", "modulate", "(Tensor residual, Tensor branch, Tensor gate, Tensor? table) -> Tensor",
         _R.modulate.gate_residual, _like_first, ("cpu", "triton"),
-        differentiable=("residual", "branch", "gate"), passes_through=("residual",), flops=_per_element(2),
+        differentiable=("residual", "branch", "gate", "table"), passes_through=("residual",), flops=_per_element(2),
+        size=_rows_and_channels,
     ),
     Op(
         "gate_residual_norm_modulate", "modulate",
-        "(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, str norm, float eps) -> (Tensor, Tensor)",
+        "(Tensor residual, Tensor branch, Tensor? gate, Tensor shift, Tensor scale, Tensor? table, str norm, float eps)"
+        " -> (Tensor, Tensor)",
         _R.modulate.gate_residual_norm_modulate, _like_first_twice, ("cpu", "triton"),
-        differentiable=("residual", "branch", "gate", "shift", "scale"), flops=_per_element(10),
+        differentiable=("residual", "branch", "gate", "shift", "scale", "table"), optional_grads=True, flops=_per_element(10),
+        size=_rows_and_channels,
     ),
     Op(
         "qk_norm_rope", "rotary",

@@ -15,13 +15,29 @@ constexpr int64_t kRowRun = 8;
 // Elements that are worth a task of their own.
 constexpr int64_t kTaskElements = 32768;
 
+// The arguments of all four ops. With a branch the row that is normalised is x + gate * branch. The table has a row for each of gate,
+// shift and scale that the op takes, in this order.
+struct Operands {
+  Tensor x;
+  std::optional<Tensor> branch = {}, gate = {}, weight = {}, shift = {}, scale = {}, table = {};
+  bool centred = true;
+  double eps = 0;
+
+  std::optional<TableRow> gate_bias() const { return gate ? bias(0) : std::nullopt; }
+  std::optional<TableRow> shift_bias() const { return bias(gate ? 1 : 0); }
+  std::optional<TableRow> scale_bias() const { return bias(gate ? 2 : 1); }
+
+ private:
+  std::optional<TableRow> bias(int64_t row) const { return table ? std::optional<TableRow>({*table, row}) : std::nullopt; }
+};
+
 // weight (1 + scale), made anew only where the row changes.
 template <class A>
 class FactorRows {
  public:
-  FactorRows(const std::optional<Tensor>& weight, const std::optional<Tensor>& scale, const Shape& shape)
-      : weight(InputRows<A>::optional(weight, 1, shape)),
-        scale(InputRows<A>::optional(scale, 0, shape)),
+  FactorRows(const Operands& in, const Shape& shape)
+      : weight(InputRows<A>::optional(in.weight, 1, shape)),
+        scale(InputRows<A>::optional(in.scale, in.scale_bias(), 0, shape)),
         channels_(shape.channels),
         buffer_(shape.channels) {}
 
@@ -73,20 +89,12 @@ FD_INLINE RowStatistics<A> statistics(const A* x, int64_t n, bool centred, doubl
   return {mean, A(1 / std::sqrt(variance + eps))};
 }
 
-// The arguments of all four ops. With a branch the row that is normalised is x + gate * branch.
-struct Operands {
-  Tensor x;
-  std::optional<Tensor> branch = {}, gate = {}, weight = {}, shift = {}, scale = {};
-  bool centred = true;
-  double eps = 0;
-};
-
 // x's rows, or x + gate * branch.
 template <class A>
 class HiddenRows {
  public:
   HiddenRows(const Operands& in, const Shape& shape)
-      : gate(InputRows<A>::optional(in.gate, 0, shape)),
+      : gate(InputRows<A>::optional(in.gate, in.gate_bias(), 1, shape)),
         branch(InputRows<A>::optional(in.branch, 0, shape)),
         gated_(in.branch.has_value()),
         channels_(shape.channels),
@@ -123,8 +131,8 @@ void forward(const Operands& in, const Tensor* hidden_out, const Tensor* modulat
   const int64_t channels = shape.channels;
   for_each_row(shape, [&](int64_t first, int64_t last) {
     HiddenRows<A> hidden(in, shape);
-    FactorRows<A> factors(in.weight, in.scale, shape);
-    InputRows<A> shifts = InputRows<A>::optional(in.shift, 0, shape);
+    FactorRows<A> factors(in, shape);
+    InputRows<A> shifts = InputRows<A>::optional(in.shift, in.shift_bias(), 0, shape);
     const OutputRows<A> sums(hidden_out, channels), results(modulated_out, channels);
     for (int64_t row = first; row < last; ++row) {
       const int64_t b = row / shape.tokens, n = row % shape.tokens;
@@ -158,50 +166,60 @@ bool by_sample(const std::optional<Tensor>& t, const Shape& shape) {
   return t && (t->dim() == 2 || (t->dim() == 3 && t->size(1) != shape.tokens));
 }
 
-// The gradient of a modulation argument: a row for each row of x, or sums, by sample or over all rows, in two stages: over the rows of a
-// block, then over blocks in their order.
+// The gradients of a modulation argument and of the row of a table that is added to it: a row for each row of x, or sums, by sample or over
+// all rows, in two stages: over the rows of a block, then over blocks in their order.
 template <class A>
 class ModulationGradient {
  public:
-  ModulationGradient(const Tensor& out, const std::optional<Tensor>& argument, bool needed, const Shape& shape, const Blocks& blocks)
+  // `table` is the gradient's row of the table, or null.
+  ModulationGradient(
+      const Tensor& out, const std::optional<Tensor>& argument, bool needed, char* table, ScalarType table_dtype, const Shape& shape,
+      const Blocks& blocks)
       : out_(out),
-        needed_(needed),
-        summed_(needed && (argument->dim() == 1 || by_sample(argument, shape))),
+        by_row_(needed && argument->dim() == 3 && argument->size(1) == shape.tokens),
+        into_out_(needed && !by_row_),
+        table_(table),
+        table_dtype_(table_dtype),
         channels_(shape.channels),
-        groups_(summed_ && argument->dim() > 1 ? shape.batch : 1),
-        per_group_(blocks.count / std::max<int64_t>(groups_, 1)),
-        partial_(summed_ ? blocks.count * channels_ : 0) {}
+        groups_(into_out_ && argument->dim() > 1 ? shape.batch : 1),
+        blocks_(blocks.count),
+        partial_(summed() ? blocks_ * channels_ : 0) {}
 
-  bool needed() const { return needed_; }
-  bool summed() const { return summed_; }
+  bool by_row() const { return by_row_; }
+  bool summed() const { return into_out_ || table_ != nullptr; }
   const Tensor& out() const { return out_; }
   A* sums(int64_t block) const { return partial_.data() + block * channels_; }
 
   void finish() const {
-    if (!summed_) return;
+    if (into_out_) add_blocks(groups_, out_.scalar_type(), static_cast<char*>(out_.mutable_data_ptr()));
+    if (table_ != nullptr) add_blocks(1, table_dtype_, table_);
+  }
+
+ private:
+  void add_blocks(int64_t groups, ScalarType dtype, char* out) const {
     constexpr int64_t width = 256;
-    const int64_t pieces = (channels_ + width - 1) / width, cost = std::max<int64_t>(1, per_group_ * width);
-    const int64_t element_size = out_.element_size();
-    char* out = static_cast<char*>(out_.mutable_data_ptr());
-    torch::stable::parallel_for(0, groups_ * pieces, std::max<int64_t>(1, kTaskElements / cost), [&](int64_t first, int64_t last) {
+    const int64_t per_group = blocks_ / std::max<int64_t>(groups, 1), element_size = size_of(dtype);
+    const int64_t pieces = (channels_ + width - 1) / width, cost = std::max<int64_t>(1, per_group * width);
+    torch::stable::parallel_for(0, groups * pieces, std::max<int64_t>(1, kTaskElements / cost), [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t group = item / pieces, begin = item % pieces * width, n = std::min(width, channels_ - begin);
         double sums[width] = {};
         A narrowed[width];
-        for (int64_t block = group * per_group_; block < (group + 1) * per_group_; ++block) {
+        for (int64_t block = group * per_group; block < (group + 1) * per_group; ++block) {
           const A* part = partial_.data() + block * channels_ + begin;
           for (int64_t i = 0; i < n; ++i) sums[i] += part[i];
         }
         for (int64_t i = 0; i < n; ++i) narrowed[i] = static_cast<A>(sums[i]);
-        narrow_row(out_.scalar_type(), narrowed, n, out + (group * channels_ + begin) * element_size);
+        narrow_row(dtype, narrowed, n, out + (group * channels_ + begin) * element_size);
       }
     });
   }
 
- private:
   Tensor out_;
-  bool needed_, summed_;
-  int64_t channels_, groups_, per_group_;
+  bool by_row_, into_out_;
+  char* table_;
+  ScalarType table_dtype_;
+  int64_t channels_, groups_, blocks_;
   Buffer<A> partial_;
 };
 
@@ -210,11 +228,11 @@ template <class A>
 class ModulationGradientRows {
  public:
   ModulationGradientRows(const ModulationGradient<A>& gradient, int64_t channels)
-      : gradient_(gradient), channels_(channels), rows_(gradient.summed() ? nullptr : &gradient.out(), channels) {
-    if (gradient.summed()) clear(rows_.at(0));
+      : gradient_(gradient), channels_(channels), rows_(gradient.by_row() ? &gradient.out() : nullptr, channels), run_(channels) {
+    clear(run_.data());
   }
 
-  bool needed() const { return gradient_.needed(); }
+  bool needed() const { return gradient_.by_row() || gradient_.summed(); }
 
   void start(int64_t block) const {
     if (gradient_.summed()) clear(gradient_.sums(block));
@@ -222,11 +240,13 @@ class ModulationGradientRows {
 
   template <class F>
   void add(int64_t row, F&& term) const {
-    A* to = rows_.at(row);
     if (gradient_.summed()) {
+      A* to = run_.data();
 #pragma omp simd
       for (int64_t i = 0; i < channels_; ++i) to[i] += term(i);
-    } else {
+    }
+    if (gradient_.by_row()) {
+      A* to = rows_.at(row);
 #pragma omp simd
       for (int64_t i = 0; i < channels_; ++i) to[i] = term(i);
       rows_.finish(row);
@@ -236,7 +256,7 @@ class ModulationGradientRows {
   // Ends a run of rows.
   void flush(int64_t block) const {
     if (!gradient_.summed()) return;
-    A *run = rows_.at(0), *sums = gradient_.sums(block);
+    A *run = run_.data(), *sums = gradient_.sums(block);
 #pragma omp simd
     for (int64_t i = 0; i < channels_; ++i) sums[i] += run[i];
     clear(run);
@@ -248,14 +268,15 @@ class ModulationGradientRows {
   const ModulationGradient<A>& gradient_;
   int64_t channels_;
   OutputRows<A> rows_;
+  Buffer<A> run_;
 };
 
 struct Gradients {
-  Tensor x, branch, gate, weight, shift, scale;
+  Tensor x, branch, gate, weight, shift, scale, table;
 };
 
 struct Needs {
-  bool x, branch = false, gate = false, weight = false, shift = false, scale = false;
+  bool x, branch = false, gate = false, weight = false, shift = false, scale = false, table = false;
 };
 
 Tensor gradient_of(const std::optional<Tensor>& argument, bool needed, const Tensor& x) { return needed ? empty_as(*argument) : absent(x); }
@@ -276,7 +297,7 @@ class BackwardTask {
         shift_(shift, shape.channels),
         scale_(scale, shape.channels),
         hidden_(in, shape),
-        factors_(in.weight, in.scale, shape),
+        factors_(in, shape),
         upstream_hidden_(InputRows<A>::optional(grad_hidden, 0, shape)),
         upstream_(InputRows<A>::optional(grad_modulated, 0, shape)),
         grad_x_(&out.x, shape.channels),
@@ -302,6 +323,8 @@ class BackwardTask {
       through_norm(row, b, n, grad);
     } else {
       copy(upstream_hidden_.at(b, n), grad);
+      if (shift_.needed()) shift_.add(row, [](int64_t) { return A(0); });
+      if (scale_.needed()) scale_.add(row, [](int64_t) { return A(0); });
     }
     grad_x_.finish(row);
     through_gate(row, b, n, grad);
@@ -370,10 +393,17 @@ void backward_into(
   const bool split = (needs.gate && by_sample(in.gate, shape)) || (needs.shift && by_sample(in.shift, shape)) ||
                      (needs.scale && by_sample(in.scale, shape));
   const Blocks blocks(shape, split);
-  const ModulationGradient<A> gate(out.gate, in.gate, needs.gate, shape, blocks);
-  const ModulationGradient<A> weight(out.weight, in.weight, needs.weight, shape, blocks);
-  const ModulationGradient<A> shift(out.shift, in.shift, needs.shift, shape, blocks);
-  const ModulationGradient<A> scale(out.scale, in.scale, needs.scale, shape, blocks);
+  const auto gradient = [&](const Tensor& to, const std::optional<Tensor>& argument, bool needed, const std::optional<TableRow>& bias) {
+    const ScalarType dtype = out.table.scalar_type();
+    char* row = needs.table && bias ? static_cast<char*>(out.table.mutable_data_ptr()) + bias->row * shape.channels * size_of(dtype) : nullptr;
+    return ModulationGradient<A>(to, argument, needed, row, dtype, shape, blocks);
+  };
+  const auto gate = gradient(out.gate, in.gate, needs.gate, in.gate_bias());
+  const auto weight = gradient(out.weight, in.weight, needs.weight, std::nullopt);
+  // Where there is no norm the table has no rows for shift and scale.
+  const bool norm = in.shift || grad_modulated;
+  const auto shift = gradient(out.shift, in.shift, needs.shift, norm ? in.shift_bias() : std::nullopt);
+  const auto scale = gradient(out.scale, in.scale, needs.scale, norm ? in.scale_bias() : std::nullopt);
   const int64_t block_elements = std::max<int64_t>(1, std::min(kRowBlock, blocks.segment) * shape.channels);
   torch::stable::parallel_for(0, blocks.count, std::max<int64_t>(1, kTaskElements / block_elements), [&](int64_t first, int64_t last) {
     BackwardTask<A> task(in, shape, grad_hidden, grad_modulated, out, gate, weight, shift, scale);
@@ -401,6 +431,7 @@ Gradients backward(
       gradient_of(in.weight, needs.weight, x),
       gradient_of(in.shift, needs.shift, x),
       gradient_of(in.scale, needs.scale, x),
+      gradient_of(in.table, needs.table, x),
   };
   by_accumulator(x, [&](auto tag) { backward_into<typename decltype(tag)::type>(in, grad_hidden, grad_modulated, needs, out); });
   return out;
@@ -412,61 +443,68 @@ Tensor forward_modulated(const Operands& in) {
   return out;
 }
 
-Tensor layer_norm_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
-  return forward_modulated({.x = x, .shift = shift, .scale = scale, .eps = eps});
+Tensor layer_norm_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, const std::optional<Tensor>& table, double eps) {
+  return forward_modulated({.x = x, .shift = shift, .scale = scale, .table = table, .eps = eps});
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& shift, const Tensor& scale, double eps, std::vector<bool> needs) {
-  const Operands in{.x = x, .shift = shift, .scale = scale, .eps = eps};
-  const Gradients out = backward(in, std::nullopt, grad, {.x = needs[0], .shift = needs[1], .scale = needs[2]});
-  return {out.x, out.shift, out.scale};
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& shift, const Tensor& scale, const std::optional<Tensor>& table, double eps,
+    std::vector<bool> needs) {
+  const Operands in{.x = x, .shift = shift, .scale = scale, .table = table, .eps = eps};
+  const Needs wanted{.x = needs[0], .shift = needs[1], .scale = needs[2], .table = needs[3]};
+  const Gradients out = backward(in, std::nullopt, grad, wanted);
+  return {out.x, out.shift, out.scale, out.table};
 }
 
 Tensor rms_norm_modulate(
     const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& shift, const std::optional<Tensor>& scale,
-    double eps) {
-  return forward_modulated({.x = x, .weight = weight, .shift = shift, .scale = scale, .centred = false, .eps = eps});
+    const std::optional<Tensor>& table, double eps) {
+  return forward_modulated({.x = x, .weight = weight, .shift = shift, .scale = scale, .table = table, .centred = false, .eps = eps});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_modulate_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_modulate_backward(
     const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& shift,
-    const std::optional<Tensor>& scale, double eps, std::vector<bool> needs) {
-  const Operands in{.x = x, .weight = weight, .shift = shift, .scale = scale, .centred = false, .eps = eps};
-  const Gradients out = backward(in, std::nullopt, grad, {.x = needs[0], .weight = needs[1], .shift = needs[2], .scale = needs[3]});
-  return {out.x, out.weight, out.shift, out.scale};
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& table, double eps, std::vector<bool> needs) {
+  const Operands in{.x = x, .weight = weight, .shift = shift, .scale = scale, .table = table, .centred = false, .eps = eps};
+  const Needs wanted{.x = needs[0], .weight = needs[1], .shift = needs[2], .scale = needs[3], .table = needs[4]};
+  const Gradients out = backward(in, std::nullopt, grad, wanted);
+  return {out.x, out.weight, out.shift, out.scale, out.table};
 }
 
-Tensor gate_residual(const Tensor& residual, const Tensor& branch, const Tensor& gate) {
+Tensor gate_residual(const Tensor& residual, const Tensor& branch, const Tensor& gate, const std::optional<Tensor>& table) {
   Tensor out = empty_as(residual);
-  const Operands in{.x = residual, .branch = branch, .gate = gate};
+  const Operands in{.x = residual, .branch = branch, .gate = gate, .table = table};
   by_accumulator(residual, [&](auto tag) { forward<typename decltype(tag)::type>(in, &out, nullptr); });
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gate_residual_backward(
-    const Tensor& grad, const Tensor& residual, const Tensor& branch, const Tensor& gate, std::vector<bool> needs) {
-  const Operands in{.x = residual, .branch = branch, .gate = gate};
-  const Gradients out = backward(in, grad, std::nullopt, {.x = needs[0], .branch = needs[1], .gate = needs[2]});
-  return {out.x, out.branch, out.gate};
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_backward(
+    const Tensor& grad, const Tensor& residual, const Tensor& branch, const Tensor& gate, const std::optional<Tensor>& table,
+    std::vector<bool> needs) {
+  const Operands in{.x = residual, .branch = branch, .gate = gate, .table = table};
+  const Gradients out = backward(in, grad, std::nullopt, {.x = needs[0], .branch = needs[1], .gate = needs[2], .table = needs[3]});
+  return {out.x, out.branch, out.gate, out.table};
 }
 
 std::tuple<Tensor, Tensor> gate_residual_norm_modulate(
-    const Tensor& residual, const Tensor& branch, const Tensor& gate, const Tensor& shift, const Tensor& scale, std::string norm,
-    double eps) {
+    const Tensor& residual, const Tensor& branch, const std::optional<Tensor>& gate, const Tensor& shift, const Tensor& scale,
+    const std::optional<Tensor>& table, std::string norm, double eps) {
   Tensor hidden = empty_as(residual), out = empty_as(residual);
-  const Operands in{.x = residual, .branch = branch, .gate = gate, .shift = shift, .scale = scale, .centred = norm == "layer", .eps = eps};
+  const Operands in{.x = residual, .branch = branch, .gate = gate, .shift = shift, .scale = scale, .table = table,
+                    .centred = norm == "layer", .eps = eps};
   by_accumulator(residual, [&](auto tag) { forward<typename decltype(tag)::type>(in, &hidden, &out); });
   return {hidden, out};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_norm_modulate_backward(
-    const Tensor& grad_hidden, const Tensor& grad_modulated, const Tensor& residual, const Tensor& branch, const Tensor& gate,
-    const Tensor& shift, const Tensor& scale, std::string norm, double eps, std::vector<bool> needs) {
-  const Operands in{.x = residual, .branch = branch, .gate = gate, .shift = shift, .scale = scale, .centred = norm == "layer", .eps = eps};
-  const Needs wanted{.x = needs[0], .branch = needs[1], .gate = needs[2], .shift = needs[3], .scale = needs[4]};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_norm_modulate_backward(
+    const std::optional<Tensor>& grad_hidden, const std::optional<Tensor>& grad_modulated, const Tensor& residual, const Tensor& branch,
+    const std::optional<Tensor>& gate, const Tensor& shift, const Tensor& scale, const std::optional<Tensor>& table, std::string norm,
+    double eps, std::vector<bool> needs) {
+  const Operands in{.x = residual, .branch = branch, .gate = gate, .shift = shift, .scale = scale, .table = table,
+                    .centred = norm == "layer", .eps = eps};
+  const Needs wanted{.x = needs[0], .branch = needs[1], .gate = needs[2], .shift = needs[3], .scale = needs[4], .table = needs[5]};
   const Gradients out = backward(in, grad_hidden, grad_modulated, wanted);
-  return {out.x, out.branch, out.gate, out.shift, out.scale};
+  return {out.x, out.branch, out.gate, out.shift, out.scale, out.table};
 }
 
 }  // namespace

@@ -43,6 +43,10 @@ void dispatch_narrow(ScalarType dtype, F&& body) {
   });
 }
 
+inline int64_t size_of(ScalarType dtype) {
+  return dispatch(dtype, [](auto tag) { return static_cast<int64_t>(sizeof(typename decltype(tag)::type)); });
+}
+
 template <class A>
 void widen_row(ScalarType dtype, const char* from, int64_t stride, int64_t n, A* to) {
   dispatch_narrow<A>(dtype, [&](auto tag) {
@@ -67,12 +71,26 @@ void narrow_row(ScalarType dtype, const A* from, int64_t n, char* to) {
   });
 }
 
+// Row `row` of a table [rows, C] or [C].
+struct TableRow {
+  const Tensor& table;
+  int64_t row;
+
+  int64_t channel_stride() const { return table.size(table.dim() - 1) > 1 ? table.stride(table.dim() - 1) : 1; }
+  const char* data() const {
+    return static_cast<const char*>(table.const_data_ptr()) + (table.dim() > 1 ? row * table.stride(0) * table.element_size() : 0);
+  }
+};
+
 // An operand [B, N, C], [B, 1, C], [B, C] or [C] as rows of A, one for each row of x, whatever its strides and dtype: in place where it
 // holds such rows, else in a buffer that is filled anew only where the row changes. An absent operand reads as a constant.
 template <class A>
 class InputRows {
  public:
-  InputRows(const Tensor& t, const Shape& shape)
+  InputRows(const Tensor& t, const Shape& shape) : InputRows(t, std::nullopt, shape) {}
+
+  // Rows to each of which a table's row is added.
+  InputRows(const Tensor& t, const std::optional<TableRow>& bias, const Shape& shape)
       : batch_stride_(t.dim() > 1 ? t.stride(0) : 0),
         token_stride_(t.dim() == 3 && t.size(1) == shape.tokens ? t.stride(1) : 0),
         channel_stride_(shape.channels > 1 ? t.stride(t.dim() - 1) : 1),
@@ -80,18 +98,24 @@ class InputRows {
         element_size_(t.element_size()),
         dtype_(t.scalar_type()),
         data_(static_cast<const char*>(t.const_data_ptr())),
-        in_place_(dtype_ == kDtype<A> && channel_stride_ == 1),
-        buffer_(in_place_ ? 0 : channels_) {}
+        in_place_(dtype_ == kDtype<A> && channel_stride_ == 1 && !bias),
+        buffer_(in_place_ ? 0 : channels_),
+        bias_(bias ? channels_ : 0),
+        biased_(bias.has_value()) {
+    if (bias) widen_row(bias->table.scalar_type(), bias->data(), bias->channel_stride(), channels_, bias_.data());
+  }
 
-  static InputRows optional(const std::optional<Tensor>& t, A otherwise, const Shape& shape) {
-    return t ? InputRows(*t, shape) : InputRows(otherwise, shape);
+  static InputRows optional(const std::optional<Tensor>& t, A otherwise, const Shape& shape) { return optional(t, std::nullopt, otherwise, shape); }
+
+  static InputRows optional(const std::optional<Tensor>& t, const std::optional<TableRow>& bias, A otherwise, const Shape& shape) {
+    return t ? InputRows(*t, bias, shape) : InputRows(otherwise, bias, shape);
   }
 
   const A* at(int64_t b, int64_t n) {
     const int64_t offset = this->offset(b, n);
     const char* row = data_ + offset * element_size_;
     if (in_place_) return reinterpret_cast<const A*>(row);
-    if (offset != held_) widen_row(dtype_, row, channel_stride_, channels_, buffer_.data());
+    if (offset != held_) fill(row);
     held_ = offset;
     return buffer_.data();
   }
@@ -100,15 +124,32 @@ class InputRows {
   int64_t offset(int64_t b, int64_t n) const { return b * batch_stride_ + n * token_stride_; }
 
  private:
-  InputRows(A constant, const Shape& shape) : channels_(shape.channels), held_(0), buffer_(shape.channels) {
-    for (int64_t i = 0; i < channels_; ++i) buffer_.data()[i] = constant;
+  InputRows(A constant, const std::optional<TableRow>& bias, const Shape& shape)
+      : channels_(shape.channels), held_(0), buffer_(shape.channels), bias_(0) {
+    A* row = buffer_.data();
+    if (bias) {
+      widen_row(bias->table.scalar_type(), bias->data(), bias->channel_stride(), channels_, row);
+    } else {
+      std::memset(row, 0, channels_ * sizeof(A));
+    }
+    for (int64_t i = 0; i < channels_; ++i) row[i] += constant;
+  }
+
+  void fill(const char* row) {
+    A* to = buffer_.data();
+    widen_row(dtype_, row, channel_stride_, channels_, to);
+    if (!biased_) return;
+    const A* bias = bias_.data();
+#pragma omp simd
+    for (int64_t i = 0; i < channels_; ++i) to[i] += bias[i];
   }
 
   int64_t batch_stride_ = 0, token_stride_ = 0, channel_stride_ = 1, channels_, element_size_ = 1, held_ = -1;
   ScalarType dtype_ = kDtype<A>;
   const char* data_ = nullptr;
   bool in_place_ = false;
-  Buffer<A> buffer_;
+  Buffer<A> buffer_, bias_;
+  bool biased_ = false;
 };
 
 // Rows of A that end in a contiguous tensor of any dtype; without a tensor, or with an empty one, they go nowhere.

@@ -34,51 +34,80 @@ def rows(modulation):
     return modulation.unsqueeze(1) if modulation.dim() == 2 else modulation
 
 
-def eager_layer(x, shift, scale):
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + rows(scale)) + rows(shift)
+def biased(modulation, table, row):
+    """Rows that broadcast against x, with the table's row added where there is a table."""
+    return rows(modulation) if table is None else rows(modulation) + table.reshape(-1, modulation.shape[-1])[row]
 
 
-def eager_rms(x, weight, shift, scale):
-    return F.rms_norm(x, x.shape[-1:], weight, eps=EPS) * (1 + rows(scale)) + rows(shift)
+def eager_layer(x, shift, scale, table=None):
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + biased(scale, table, 1)) + biased(shift, table, 0)
 
 
-def eager_gate(residual, branch, gate):
-    return residual + rows(gate) * branch
+def eager_rms(x, weight, shift, scale, table=None):
+    return F.rms_norm(x, x.shape[-1:], weight, eps=EPS) * (1 + biased(scale, table, 1)) + biased(shift, table, 0)
 
 
-def eager_gated_layer(residual, branch, gate, shift, scale):
-    hidden = eager_gate(residual, branch, gate)
-    return hidden, eager_layer(hidden, shift, scale)
+def eager_gate(residual, branch, gate, table=None):
+    return residual + biased(gate, table, 0) * branch
 
 
-def eager_gated_rms(residual, branch, gate, shift, scale):
-    hidden = eager_gate(residual, branch, gate)
-    return hidden, eager_rms(hidden, None, shift, scale)
+def eager_gated_layer(residual, branch, gate, shift, scale, table=None):
+    hidden = eager_gate(residual, branch, gate, table)
+    return hidden, eager_layer(hidden, shift, scale, None if table is None else table[1:])
 
 
-def gated_layer(*args):
-    return ops.gate_residual_norm_modulate(*args, eps=EPS)
+def eager_gated_rms(residual, branch, gate, shift, scale, table=None):
+    hidden = eager_gate(residual, branch, gate, table)
+    return hidden, eager_rms(hidden, None, shift, scale, None if table is None else table[1:])
 
 
-def gated_rms(*args):
-    return ops.gate_residual_norm_modulate(*args, norm="rms", eps=EPS)
+def eager_added(residual, branch, shift, scale, table):
+    hidden = residual + branch
+    return hidden, eager_layer(hidden, shift, scale, table)
 
 
-# Public function, eager composition, and its operands: x for [B, N, C], m for modulation, w for [C].
+def gated_layer(*args, **kwargs):
+    return ops.gate_residual_norm_modulate(*args, **kwargs, eps=EPS)
+
+
+def gated_rms(*args, **kwargs):
+    return ops.gate_residual_norm_modulate(*args, **kwargs, norm="rms", eps=EPS)
+
+
+def with_table(op):
+    """op with its table as the last positional argument."""
+    return lambda *args: op(*args[:-1], table=args[-1])
+
+
+def added(residual, branch, shift, scale, table):
+    return gated_layer(residual, branch, None, shift, scale, table=table)
+
+
+# Public function, eager composition, and its operands: x for [B, N, C], m for modulation, w for [C], a digit for a table of as many rows.
 CASES = {
     "layer_norm_modulate": (ops.layer_norm_modulate, eager_layer, "xmm"),
+    "layer_norm_modulate-table": (with_table(ops.layer_norm_modulate), eager_layer, "xmm2"),
     "rms_norm_modulate": (ops.rms_norm_modulate, eager_rms, "xwmm"),
+    "rms_norm_modulate-table": (with_table(ops.rms_norm_modulate), eager_rms, "xwmm2"),
     "gate_residual": (ops.gate_residual, eager_gate, "xxm"),
+    "gate_residual-table": (with_table(ops.gate_residual), eager_gate, "xxm1"),
     "gate_residual_norm_modulate": (gated_layer, eager_gated_layer, "xxmmm"),
     "gate_residual_norm_modulate-rms": (gated_rms, eager_gated_rms, "xxmmm"),
+    "gate_residual_norm_modulate-table": (with_table(gated_layer), eager_gated_layer, "xxmmm3"),
+    "gate_residual_norm_modulate-no-gate": (added, eager_added, "xxmm2"),
 }
+
+
+def shapes_of(pattern, shape, kinds):
+    """Shapes of operands; the modulation takes the kinds in turn."""
+    kinds = iter(kinds * 3)
+    fixed = {"x": shape, "w": shape[2:]}
+    return [(int(p), shape[2]) if p.isdigit() else fixed[p] if p in fixed else modulation_shape(next(kinds), shape) for p in pattern]
 
 
 def operands(pattern, shape, kinds, requires_grad=True):
     """Random operands; the modulation takes the kinds in turn."""
-    kinds = iter(kinds * 3)
-    shapes = [shape if p == "x" else shape[2:] if p == "w" else modulation_shape(next(kinds), shape) for p in pattern]
-    return [torch.randn(s).requires_grad_(requires_grad) for s in shapes]
+    return [torch.randn(s).requires_grad_(requires_grad) for s in shapes_of(pattern, shape, kinds)]
 
 
 def gradients(fn, args):
@@ -117,7 +146,7 @@ def test_any_shape_and_modulation(case, shape, kinds):
 @given(
     case=st.sampled_from(sorted(CASES)),
     dtype=st.sampled_from(NARROW),
-    layouts=st.lists(st.sampled_from(["contiguous", "chunk", "transposed", "expanded", "reversed"]), min_size=5, max_size=5),
+    layouts=st.lists(st.sampled_from(["contiguous", "chunk", "transposed", "expanded", "reversed"]), min_size=6, max_size=6),
 )
 def test_any_layout_gives_the_same_bits(case, dtype, layouts):
     op, _, pattern = CASES[case]
@@ -187,12 +216,17 @@ def test_gradients_that_nobody_asked_for_change_nothing(kind):
 @pytest.mark.parametrize("case", CASES)
 def test_a_samples_result_does_not_depend_on_its_batch(case):
     op, _, pattern = CASES[case]
-    args = operands(pattern.replace("w", "x"), (3, 70, 33), ["BC", "B1C", "BNC"], requires_grad=False)
-    if case == "rms_norm_modulate":
-        del args[1]
-        assert_independent_of_batch(lambda x, shift, scale: gradients_by_leaf(lambda *a: op(a[0], None, *a[1:]), [x, shift, scale]), *args)
-    else:
-        assert_independent_of_batch(lambda *a: gradients_by_leaf(op, a), *args)
+    batched = [p in "xm" for p in pattern]
+    args = operands(pattern, (3, 70, 33), ["BC", "B1C", "BNC"], requires_grad=False)
+
+    def of_batch(*samples):
+        given_ = iter(samples)
+        results = gradients_by_leaf(op, [next(given_) if b else a for a, b in zip(args, batched, strict=True)])
+        outputs = len(results) - len(args)
+        # What all samples share has a gradient that is a sum over them.
+        return [r for i, r in enumerate(results) if i < outputs or batched[i - outputs]]
+
+    assert_independent_of_batch(of_batch, *[a for a, b in zip(args, batched, strict=True) if b])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,6 +235,35 @@ def test_threads_change_no_bit(case, kind):
     op, _, pattern = CASES[case]
     args = operands(pattern, (3, 150, 257), [kind], requires_grad=False)
     assert_independent_of_threads(lambda: gradients_by_leaf(op, args))
+
+
+def test_a_table_is_a_bias_of_the_modulation():
+    """The rows 2:5 of PixArt's table, as a strided view, beside the chunks of one modulation tensor."""
+    x, branch = torch.randn(2, 9, 40), torch.randn(2, 9, 40)
+    modulation, table = torch.randn(2, 6, 40), torch.randn(6, 80)[:, ::2].double().float()
+    gate, shift, scale = modulation[:, 2:5].unbind(1)
+    sums = (modulation + table)[:, 2:5].unbind(1)
+    assert_bitwise(gated_layer(x, branch, gate, shift, scale, table=table[2:5]), gated_layer(x, branch, *sums))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tables_gradient_is_the_sum_over_all_rows(kind):
+    args = [a.detach().double().requires_grad_() for a in operands("xxmmm3", (3, 70, 24), [kind])]
+    everything = torch.autograd.grad(with_table(gated_layer)(*args), args, [torch.ones(3, 70, 24).double()] * 2)
+    summed = [g.reshape(-1, 24).sum(0) for g in everything[2:5]]
+    torch.testing.assert_close(everything[5], torch.stack(summed), rtol=1e-12, atol=1e-10)
+    (alone,) = torch.autograd.grad(with_table(gated_layer)(*args), args[5:], [torch.ones(3, 70, 24).double()] * 2)
+    assert_bitwise(alone, everything[5])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("output", [0, 1])
+def test_an_output_that_nobody_used_gives_zeros(output, kind):
+    args = operands("xxmmm3", (2, 70, 12), [kind])
+    upstream = torch.randn(2, 70, 12)
+    alone = torch.autograd.grad(with_table(gated_layer)(*args)[output], args, upstream, materialize_grads=True)
+    both = [upstream if i == output else torch.zeros_like(upstream) for i in range(2)]
+    assert_bitwise(alone, torch.autograd.grad(with_table(gated_layer)(*args), args, both))
 
 
 def test_in_one_pass_or_in_two_the_same():
@@ -217,7 +280,7 @@ def test_in_one_pass_or_in_two_the_same():
 def test_the_sum_is_normalised_before_it_is_rounded(norm):
     args = [a.bfloat16() for a in operands("xxmmm", (2, 9, 65), ["BC"], requires_grad=False)]
     fused = ops.gate_residual_norm_modulate(*args, norm=norm)[1]
-    exact = definition.gate_residual_norm_modulate(*[a.double() for a in args], norm)[1]
+    exact = definition.gate_residual_norm_modulate(*[a.double() for a in args], norm=norm)[1]
     assert_bitwise(fused, exact.bfloat16())
 
 
@@ -324,6 +387,25 @@ REFUSED = {
     ),
     "branch-dtype": (lambda: ops.gate_residual(X, X.half(), M), TypeError, "branch must have the dtype of residual"),
     "gate-shape": (lambda: ops.gate_residual(X, X, torch.zeros(3)), ValueError, r"gate must have shape .*beside residual; got \(3,\)"),
+    "table-rows": (
+        lambda: ops.layer_norm_modulate(X, M, M, table=torch.zeros(3, 4)),
+        ValueError,
+        r"layer_norm_modulate: table must have shape \(2, 4\) beside x; got \(3, 4\)",
+    ),
+    "table-1-d": (lambda: ops.rms_norm_modulate(X, table=W), ValueError, r"table must have shape \(2, 4\) beside x; got \(4,\)"),
+    "table-of-a-gate": (
+        lambda: ops.gate_residual(X, X, M, table=M),
+        ValueError,
+        r"table must have shape \(4,\) or \(1, 4\) beside residual; got \(2, 4\)",
+    ),
+    "table-without-gate": (
+        lambda: ops.gate_residual_norm_modulate(X, X, None, M, M, table=torch.zeros(3, 4)),
+        ValueError,
+        r"table must have shape \(2, 4\) beside residual; got \(3, 4\)",
+    ),
+    "table-dtype": (lambda: ops.layer_norm_modulate(X, M, M, table=M.half()), TypeError, "table must be torch.float32.*got torch.float16"),
+    "table-type": (lambda: ops.gate_residual(X, X, M, table=1.0), TypeError, "gate_residual: table must be a tensor; got float"),
+    "no-gate": (lambda: ops.gate_residual(X, X, None), TypeError, "gate_residual: gate must be a tensor; got NoneType"),
     "norm": (
         lambda: ops.gate_residual_norm_modulate(X, X, M, M, M, norm="batch"),
         ValueError,

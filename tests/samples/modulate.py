@@ -14,23 +14,37 @@ def _normals(shapes, dtype, device):
 
 
 def _layer_norm_modulate(dtype, device):
-    shapes = ([(B, C), (B, C)], [(B, 1, C), (B, N, C)], [(C,), (B, C)])
-    return [(*_normals([(B, N, C), *modulation], dtype, device), EPS) for modulation in shapes]
+    shapes = ([(B, C), (B, C), (2, C)], [(B, 1, C), (B, N, C)], [(C,), (B, C)], [(B, N, C), (C,), (2, C)])
+    operands = [_normals([(B, N, C), *modulation], dtype, device) for modulation in shapes]
+    return [(*o, EPS) if len(o) == 4 else (*o, None, EPS) for o in operands]
 
 
 def _rms_norm_modulate(dtype, device):
-    x, weight, shift, scale = _normals([(B, N, C), (C,), (B, C), (B, N, C)], dtype, device)
-    return [(x, weight, shift, scale, EPS), (x, weight, None, None, EPS), (x, None, None, shift, EPS), (x, None, None, None, EPS)]
+    x, weight, shift, scale, table = _normals([(B, N, C), (C,), (B, C), (B, N, C), (2, C)], dtype, device)
+    return [
+        (x, weight, shift, scale, table, EPS),
+        (x, weight, shift, scale, None, EPS),
+        (x, weight, None, None, None, EPS),
+        (x, None, None, shift, table, EPS),
+        (x, None, None, None, None, EPS),
+    ]
 
 
 def _gate_residual(dtype, device):
-    return [tuple(_normals([(B, N, C), (B, N, C), gate], dtype, device)) for gate in ((B, C), (B, 1, C), (B, N, C), (C,))]
+    shapes = (((B, C), (C,)), ((B, 1, C), None), ((B, N, C), (1, C)), ((C,), None))
+    operands = [(_normals([(B, N, C), (B, N, C), gate], dtype, device), table) for gate, table in shapes]
+    return [(*o, None if table is None else _normals([table], dtype, device)[0]) for o, table in operands]
 
 
 def _gate_residual_norm_modulate(dtype, device):
-    shapes = ([(B, C)] * 3, [(B, N, C), (C,), (B, 1, C)])
-    operands = [_normals([(B, N, C), (B, N, C), *modulation], dtype, device) for modulation in shapes]
-    return [(*operands[0], "layer", EPS), (*operands[0], "rms", EPS), (*operands[1], "layer", EPS)]
+    residual, branch, gate, shift, scale, table = _normals([(B, N, C), (B, N, C), *[(B, C)] * 3, (3, C)], dtype, device)
+    by_token, shared, by_sample = _normals([(B, N, C), (C,), (B, 1, C)], dtype, device)
+    return [
+        (residual, branch, gate, shift, scale, table, "layer", EPS),
+        (residual, branch, gate, shift, scale, None, "rms", EPS),
+        (residual, branch, by_token, shared, by_sample, None, "layer", EPS),
+        (residual, branch, None, by_token, by_sample, table[:2], "layer", EPS),
+    ]
 
 
 SAMPLES = {
