@@ -124,9 +124,20 @@ def _per_element(count: int, argument: int = 0) -> Callable[..., int]:
     return lambda *args: count * args[argument].numel()
 
 
+def _attended(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, rows, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
 def _attention_flops(q: Tensor, k: Tensor, *_: Any) -> int:
     batch, rows, heads, width = q.shape
     return 4 * batch * heads * rows * k.shape[1] * width
+
+
+def _solver_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    state, keep = args[9], args[-1]
+    kept = tuple(x.new_empty(x.shape) if wanted else x.new_empty(0) for wanted in keep)
+    return x.new_empty(x.shape), *kept, x.new_empty(0 if state is None else state.shape, dtype=torch.float64)
 
 
 def _rows_and_channels(x: Tensor, *_: Any) -> tuple[int, int]:
@@ -170,9 +181,18 @@ _TABLE = (
         flops=lambda q, k, *_: 10 * (q.numel() + k.numel()),
     ),
     Op(
-        "attention", "attention", "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> Tensor",
-        _R.attention.attention, _like_first, ("cpu",),
-        differentiable=("q", "k", "v"), flops=_attention_flops, size=lambda q, *_: (q.shape[1], q.shape[3]),
+        "attention", "attention", "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> (Tensor, Tensor)",
+        _R.attention.attention, _attended, ("cpu",),
+        differentiable=("q", "k", "v"), saved=(0, 1), optional_grads=True, dual="attention_dual",
+        flops=_attention_flops, size=lambda q, *_: (q.shape[1], q.shape[3]),
+    ),
+    Op(
+        "attention_dual", "attention",
+        "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths, Tensor? t_q, Tensor? t_k, Tensor? t_v)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        _R.attention.attention_dual, lambda *args: (*_attended(*args), *_attended(*args)), ("cpu",),
+        differentiable=("q", "k", "v", "t_q", "t_k", "t_v"), traced=("q", "k", "v", "t_q", "t_k", "t_v"),
+        flops=lambda *args: 3 * _attention_flops(*args), size=lambda q, *_: (q.shape[1], q.shape[3]),
     ),
     Op(
         "group_norm_silu", "group_norm",
@@ -233,6 +253,14 @@ _TABLE = (
     Op(
         "third_order_difference", "skipping", "(Tensor x0, Tensor x1, Tensor x2, Tensor x3) -> (Tensor, Tensor)",
         _R.skipping.third_order_difference, lambda x0, *_: (_batch(x0), _batch(x0)), _ALL, flops=_per_element(9),
+    ),
+    Op(
+        "solver_step", "skipping",
+        "(Tensor x, Tensor? denoised, Tensor? uncond, Tensor? rows, Tensor? newest, Tensor? older, Tensor? previous, Tensor? point,"
+        " Tensor? before1, Tensor? before0, Tensor? state, float sigma, float sigma_next, float guidance, float at, float reuse_at,"
+        " float previous_weight, float[] scales, str mode, float threshold, int max_skip, bool[2] keep) -> (Tensor, Tensor, Tensor, Tensor)",
+        _R.skipping.solver_step, _solver_step, ("cpu", "triton"), flops=_per_element(12),
+        refuses=lambda backend, x, *_: "its scalars are float32" if backend == "triton" and x.dtype == torch.float64 else None,
     ),
     Op(
         "incremental_cost", "schedule",

@@ -87,4 +87,43 @@ void multiply(
   }
 }
 
+// The lanes of a and b in turn, of their first halves or of their second.
+template <bool kSecond, class A, size_t... kLane>
+FD_INLINE void interleave(const Lanes<A>& a, const Lanes<A>& b, Lanes<A>& result, std::index_sequence<kLane...>) {
+  constexpr int64_t first = kSecond ? sizeof...(kLane) / 2 : 0;
+#if defined(__clang__)
+  result = __builtin_shufflevector(a, b, (first + kLane / 2 + kLane % 2 * sizeof...(kLane))...);
+#else
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Index;
+  result = __builtin_shuffle(a, b, typename Vector<Index, sizeof...(kLane)>::type{Index(first + kLane / 2 + kLane % 2 * sizeof...(kLane))...});
+#endif
+}
+
+// The transpose of from [rows, from_row] as [columns, to_row]; rows and columns are multiples of the lanes.
+template <class A>
+void transpose(const A* from, int64_t rows, int64_t columns, int64_t from_row, A* to, int64_t to_row) {
+  constexpr int width = kLanes<A>;
+  constexpr auto lanes = std::make_index_sequence<width>();
+  for (int64_t c = 0; c < columns; c += width) {
+    for (int64_t r = 0; r < rows; r += width) {
+      Lanes<A> tile[width], next[width];
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) load_lanes(from + (r + i) * from_row + c, tile[i]);
+      // Shuffled as often as the lanes can be halved, every element has gone from (i, j) to (j, i).
+#pragma GCC unroll 4
+      for (int step = 1; step < width; step *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < width / 2; ++i) {
+          interleave<false, A>(tile[i], tile[i + width / 2], next[2 * i], lanes);
+          interleave<true, A>(tile[i], tile[i + width / 2], next[2 * i + 1], lanes);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) tile[i] = next[i];
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) store_lanes<A>(tile[i], to + (c + i) * to_row + r);
+    }
+  }
+}
+
 }  // namespace fastdiff::FASTDIFF_VARIANT

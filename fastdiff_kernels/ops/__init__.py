@@ -1,6 +1,6 @@
 """The public functions, one module a family."""
 
-from .attention import attention
+from .attention import attention, attention_dual
 from .distillation import moment_matching_auxiliary_loss, moment_matching_loss, sim_loss
 from .group_norm import group_norm_silu
 from .modulate import gate_residual, gate_residual_norm_modulate, layer_norm_modulate, rms_norm_modulate
@@ -8,10 +8,12 @@ from .rotary import qk_norm_rope
 from .sampling import guided_step, posterior_sample
 from .schedule import incremental_cost, integrate_schedule
 from .score_matching import denoising_loss, lcss_loss, lcss_noise, lcss_perturb
-from .skipping import third_order_difference, third_order_skip
+from .skipping import SolverStep, solver_step, third_order_difference, third_order_skip
 
 __all__ = [
+    "SolverStep",
     "attention",
+    "attention_dual",
     "denoising_loss",
     "gate_residual",
     "gate_residual_norm_modulate",
@@ -29,6 +31,7 @@ __all__ = [
     "qk_norm_rope",
     "rms_norm_modulate",
     "sim_loss",
+    "solver_step",
     "third_order_difference",
     "third_order_skip",
 ]

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch  # noqa: F401  (registers the ops)
-from ._checks import check_device, check_tensor
+from ._checks import check_device, check_like, check_tensor
 
 _attention = torch.ops.fastdiff.attention.default
+_attention_dual = torch.ops.fastdiff.attention_dual.default
 
 MAX_HEAD_DIM = 256
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, key_lengths: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, key_lengths: Tensor | None = None, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v for each head, without a causal mask.
 
     Args:
@@ -25,14 +28,56 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ke
         scale: finite; None means 1 / sqrt(D).
         key_lengths: [B], int32 or int64. Sample b attends to its first key_lengths[b] keys alone, the number clamped to [0, M]; what
             stands behind them, NaN included, has no influence and gets a gradient of zero. A sample without keys returns zeros.
+        return_lse: whether to return log sum exp(scale q k^T) over the keys as well, with which attention to parts of the keys is
+            merged (Rabe and Staats, arXiv 2112.05682).
 
     Returns:
-        [B, N, H, D] contiguous, q's dtype. Differentiable in q, k and v.
+        [B, N, H, D] contiguous, q's dtype; with return_lse also [B, H, N], float32 (float64 beside float64), minus infinity where
+        there is no key. Both are differentiable in q, k and v; the backward pass is deterministic.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
     """
     op = "attention"
+    _check(op, q, k, v, key_lengths)
+    output, lse = _attention(q, k, v, _check_scale(op, scale, q.shape[3]), key_lengths)
+    return (output, lse) if return_lse else output
+
+
+def attention_dual(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t_q: Tensor | None = None,
+    t_k: Tensor | None = None,
+    t_v: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention and its derivative along (t_q, t_k, t_v) in one pass over the keys, without storing probabilities P:
+
+    t_lse = rowsum(P t_S) and t_output = P (t_S - t_lse) v + P t_v, where t_S = scale (t_q k^T + q t_k^T).
+
+    Args:
+        q, k, v, scale, key_lengths: as for `attention`.
+        t_q, t_k, t_v: tangents, of the shape and dtype of q, k and v, any strides; None stands for zeros.
+
+    Returns:
+        output and lse as from `attention`, and their tangents in the same shapes and dtypes. All are differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    op = "attention_dual"
+    _check(op, q, k, v, key_lengths)
+    for name, tangent, like_name, like in (("t_q", t_q, "q", q), ("t_k", t_k, "k", k), ("t_v", t_v, "v", v)):
+        if tangent is not None:
+            check_like(op, name, tangent, like_name, like)
+    return _attention_dual(q, k, v, _check_scale(op, scale, q.shape[3]), key_lengths, t_q, t_k, t_v)
+
+
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> None:
     check_tensor(op, "q", q, dims=4)
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: q must have a head dimension from 1 to {MAX_HEAD_DIM}; got shape {tuple(q.shape)}")
@@ -42,7 +87,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ke
         raise ValueError(f"{op}: v must have as many rows as k, {k.shape[1]}; got shape {tuple(v.shape)}")
     if key_lengths is not None:
         _check_lengths(op, key_lengths, q)
-    return _attention(q, k, v, _check_scale(op, scale, q.shape[3]), key_lengths)
 
 
 def _check_keys(op: str, name: str, x: Tensor, q: Tensor) -> None:

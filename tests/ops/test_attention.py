@@ -39,7 +39,9 @@ def as_lengths(*lengths):
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(("rows", "keys", "width"), [(64, 64, 16), (70, 33, 72), (5, 300, 5), (1, 1, 1), (130, 257, 256)])
 def test_as_accurate_as_eager(rows, keys, width, dtype):
-    assert_accurate(ops.attention, eager, operands(2, rows, keys, 2, width, requires_grad=True), dtype)
+    # Probabilities made again from the stored log-sum-exp have its rounding, as those that eager stores have not.
+    assert_accurate(ops.attention, eager, operands(2, rows, keys, 2, width, requires_grad=True), dtype, factor=4.0)
+    assert_accurate(ops.attention, eager, operands(2, rows, keys, 2, width), dtype)
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,7 +59,7 @@ def test_any_shape_and_any_lengths(batch, rows, keys, heads, width, scale, data)
     args = [a.double() for a in operands(batch, rows, keys, heads, width)]
     key_lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int64)
     ours = gradients(lambda *a: ops.attention(*a, scale=scale, key_lengths=key_lengths), args)
-    expected = gradients(lambda *a: definition.attention(*a, scale, key_lengths), args)
+    expected = gradients(lambda *a: definition.attention(*a, scale, key_lengths)[0], args)
     for a, e in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
 

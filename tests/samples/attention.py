@@ -5,13 +5,26 @@ from __future__ import annotations
 import torch
 
 
-def _attention(dtype, device):
+def _operands(dtype, device):
     generator = torch.Generator().manual_seed(13)
-    q, k, v = (torch.randn(2, rows, 2, 3, generator=generator, dtype=torch.float64).to(device, dtype) for rows in (4, 5, 5))
+    return [torch.randn(2, rows, 2, 3, generator=generator, dtype=torch.float64).to(device, dtype) for rows in (4, 5, 5, 4, 5, 5)]
+
+
+def _attention(dtype, device):
+    q, k, v, *_ = _operands(dtype, device)
     return [
         (q, k, v, 0.6, None),
         (q, k, v, 0.6, torch.tensor([3, 7], device=device)),
     ]
 
 
-SAMPLES = {"attention": _attention}
+def _attention_dual(dtype, device):
+    q, k, v, t_q, t_k, t_v = _operands(dtype, device)
+    return [
+        (q, k, v, 0.6, None, t_q, t_k, t_v),
+        (q, k, v, 0.6, torch.tensor([3, 7], device=device), None, t_k, t_v),
+        (q, k, v, 0.6, None, t_q, None, None),
+    ]
+
+
+SAMPLES = {"attention": _attention, "attention_dual": _attention_dual}

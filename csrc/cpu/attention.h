@@ -1,0 +1,118 @@
+#pragma once
+// What forward, backward and forward mode of attention share: a head's rows in the type that is computed in, and tiles of logits.
+// To be included between variant_begin.h and variant_end.h, after cpu/torch.h.
+//
+// Logits are kept transposed, [keys, queries]: keys then serve as they lie as the left factor of the product, a query's sums and maxima run
+// down a column, of which the registers take one for each lane, and only the few queries at hand need transposing.
+
+#include "cpu/small_matmul.h"
+
+namespace fastdiff::FASTDIFF_VARIANT {
+
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kQueryBlock = 64;
+
+template <class T>
+struct Heads {
+  const T* data;
+  int64_t batch, rows, heads, width;
+  int64_t batch_stride, row_stride, head_stride, stride;
+
+  explicit Heads(const Tensor& x)
+      : data(read<T>(x)),
+        batch(x.size(0)),
+        rows(x.size(1)),
+        heads(x.size(2)),
+        width(x.size(3)),
+        batch_stride(x.stride(0)),
+        row_stride(x.stride(1)),
+        head_stride(x.stride(2)),
+        stride(x.stride(3)) {}
+
+  const T* head(int64_t b, int64_t h) const { return data + b * batch_stride + h * head_stride; }
+
+  // Rows [first, first + count) of a head as [padded_rows, to_row], times factor; the columns beyond width and the rows beyond count zero.
+  void copy(int64_t b, int64_t h, int64_t first, int64_t count, int64_t padded_rows, Acc<T> factor, Acc<T>* to, int64_t to_row) const {
+    for (int64_t r = 0; r < count; ++r) {
+      const T* from = head(b, h) + (first + r) * row_stride;
+      Acc<T>* row = to + r * to_row;
+      // The next head's rows lie far apart, where the processor's own prefetching does not look for them.
+      for (int64_t d = 0; d < width; d += 64 / int64_t{sizeof(T)}) __builtin_prefetch(from + head_stride + d);
+      if (stride == 1) {
+        for (int64_t d = 0; d < width; ++d) row[d] = factor * load(from[d]);
+      } else {
+        for (int64_t d = 0; d < width; ++d) row[d] = factor * load(from[d * stride]);
+      }
+      for (int64_t d = width; d < to_row; ++d) row[d] = 0;
+    }
+    std::fill(to + count * to_row, to + padded_rows * to_row, Acc<T>(0));
+  }
+};
+
+// How many keys of each sample exist.
+class KeyLengths {
+ public:
+  KeyLengths(const OptionalTensor& lengths, int64_t keys) : keys_(keys) {
+    if (!lengths) return;
+    tensor_ = torch::stable::to(*lengths, ScalarType::Long);
+    data_ = read<int64_t>(*tensor_);
+    stride_ = tensor_->stride(0);
+  }
+  int64_t operator[](int64_t b) const { return data_ ? std::clamp<int64_t>(data_[b * stride_], 0, keys_) : keys_; }
+
+ private:
+  OptionalTensor tensor_;
+  const int64_t* data_ = nullptr;
+  int64_t stride_ = 0, keys_;
+};
+
+// Numbers [B, H, N], one for each query.
+template <class A>
+struct PerQuery {
+  A* data;
+  int64_t heads, rows;
+  A* head(int64_t b, int64_t h) const { return data + (b * heads + h) * rows; }
+};
+
+inline Tensor empty_per_query(const Tensor& q) {
+  const auto dtype = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, dtype);
+}
+
+// Memory for one thread, handed out in parts.
+template <class A>
+class Arena {
+ public:
+  Arena(const Tensor& like, int64_t size)
+      : tensor_(torch::stable::new_empty(like, {size}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float)),
+        next_(write<A>(tensor_)) {}
+  A* take(int64_t size) {
+    A* part = next_;
+    next_ += size;
+    return part;
+  }
+
+ private:
+  Tensor tensor_;
+  A* next_;
+};
+
+// Rows [first, first + count) of a head of a contiguous result, each times its factor.
+template <class T, class F>
+FD_INLINE void write_head(T* to, const Heads<T>& like, int64_t b, int64_t h, int64_t first, int64_t count, const Acc<T>* from, int64_t from_row, F&& factor) {
+  for (int64_t r = 0; r < count; ++r) {
+    T* row = to + ((b * like.rows + first + r) * like.heads + h) * like.width;
+    const Acc<T> f = factor(r);
+    for (int64_t d = 0; d < like.width; ++d) row[d] = store<T>(f * from[r * from_row + d]);
+  }
+}
+
+// exp(x - base) for x at most base, but 0 rather than NaN where both are minus infinity.
+template <class A>
+FD_INLINE void exp_below(const Lanes<A>& x, const Lanes<A>& base, Lanes<A>& y) {
+  const Lanes<A> from = base == -A(INFINITY) ? Lanes<A>{} : base;
+  exp_of_nonpositive(x - from, y);
+}
+
+}  // namespace fastdiff::FASTDIFF_VARIANT
