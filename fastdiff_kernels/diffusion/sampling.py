@@ -14,10 +14,11 @@ from torch import Tensor
 from ._checks import check_samples
 from ._progress import progress_bar
 from .guidance import check_conditioning
-from .prediction import NoiseMemory, Predictor
+from .prediction import Predictor
 from .schedule import Schedule
 from .skipping import AdaptiveSkip, FixedSkip
 from .solvers import SOLVERS
+from .trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -88,25 +89,19 @@ def sample(
     batch = noise.shape[0]
     conditional = check_conditioning(conditioning, batch, "conditioning")
     other = None if unconditional is None or guidance == 1 else check_conditioning(unconditional, batch, "unconditional")
-    new_step, variable = SOLVERS[solver]
-    memory = None if skip is None else NoiseMemory(extrapolate=skip.reuse == "extrapolate")
-    predict = Predictor(denoiser, batch, conditional, other, float(guidance), memory, variable)
-    step = new_step()
+    predictor = Predictor(denoiser, batch, conditional, other)
+    step = SOLVERS[solver]()
 
     levels = schedule.sigmas.tolist()
     x = noise * levels[0]
-    state = None if skip is None else skip.start(x, levels[0])
+    trajectory = Trajectory(predictor, float(guidance), skip, x, levels[0])
     per_sample = skip is not None and skip.per_sample
     skipped = torch.zeros((schedule.num_steps, batch) if per_sample else schedule.num_steps, dtype=torch.bool)
     for index, (sigma, sigma_next) in enumerate(progress_bar(list(pairwise(levels)), progress, "sampling")):
-        if state is not None:
-            predict.reuse = state.reuse
-            skipped[index] = state.reuse if per_sample else state.reuse[0]
-        x_next, change = step(predict, x, sigma, sigma_next)
-        if state is not None:
-            state.update(x, x_next, sigma, sigma_next, change)
-        x = x_next
-    return SampleResult(x, predict.nfe, skipped, predict.evaluations)
+        reuse = trajectory.begin()
+        skipped[index] = reuse if per_sample else reuse[0]
+        x = step(trajectory, x, sigma, sigma_next)
+    return SampleResult(x, predictor.nfe, skipped, predictor.evaluations)
 
 
 def _check_guidance(guidance: float, unconditional: Mapping[str, object] | None) -> None:

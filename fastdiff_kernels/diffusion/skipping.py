@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass
 from numbers import Real
 from typing import Protocol
@@ -11,20 +10,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import ops
 from .._checks import check_choice, check_count
-
-WARM_UP_STEPS = 4
-CAP_FREE_ENTRIES = 4  # The authors' cap looks at their list of decisions only once it is longer than this.
+from ..reference.skipping import WARM_UP_STEPS
 
 
 class SkipState(Protocol):
-    """Decisions along one trajectory. `reuse` (bool on the CPU, [1] or [B]) says which samples the next step does without the network."""
+    """Decisions along one trajectory taken in Python. `reuse` (bool on the CPU, [1]): the next step does without the network."""
 
     reuse: Tensor
 
-    def update(self, x: Tensor, x_next: Tensor, sigma: float, sigma_next: float, change: Tensor | None = None) -> None:
-        """Note a step from x at sigma to x_next at sigma_next, [B, ...]; `change` is mean |x_next - x| per sample [B] where it is known."""
+    def update(self, x: Tensor, x_next: Tensor, sigma: float, sigma_next: float) -> None:
+        """Note a step from x at sigma to x_next at sigma_next, [B, ...]."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,9 @@ class AdaptiveSkip:
             (sigma; for dpmpp_2m -ln sigma).
         space: differences are taken of x ("ve") or of x / sqrt(1 + sigma^2) ("vp").
 
-    The state starts afresh with each trajectory and does not grow with its steps.
+    The state starts afresh with each trajectory, lies beside the latents and does not grow with the steps: `ops.solver_step` decides in
+    the pass that makes the step, in float64. On a GPU its few numbers travel to the host by an asynchronous copy, and the host waits for
+    that copy, since whether the network is called depends on it; the first steps, which always compute, wait for nothing.
 
     Raises:
         TypeError, ValueError: an argument outside of what is listed.
@@ -75,9 +73,10 @@ class AdaptiveSkip:
         check_choice(self.reuse, "reuse", ("hold", "extrapolate"))
         check_choice(self.space, "space", ("ve", "vp"))
 
-    def start(self, x: Tensor, sigma: float) -> SkipState:
-        """The state of a new trajectory that begins at x [B, ...] with noise level sigma."""
-        return _Official(self, x) if self.mode == "official" else _Tensor(self, x, sigma)
+    @property
+    def first_decision(self) -> int:
+        """After how many steps the first decision is taken."""
+        return WARM_UP_STEPS if self.mode == "official" else 3
 
 
 @dataclass(frozen=True)
@@ -97,73 +96,12 @@ class FixedSkip:
         return _Fixed(self.every)
 
 
-class _Official:
-    def __init__(self, rule: AdaptiveSkip, x: Tensor) -> None:
-        self.rule = rule
-        self.steps = 0
-        self.changes: deque[Tensor] = deque(maxlen=3)  # d_1 has left it by the first decision
-        self.reuse, self.run = _no_reuse(rule, x)
-
-    def update(self, x: Tensor, x_next: Tensor, sigma: float, sigma_next: float, change: Tensor | None = None) -> None:
-        self.steps += 1
-        if change is None or self.rule.space == "vp":
-            change = _mean_change(x, x_next, sigma, sigma_next, self.rule.space)
-        self.changes.append(_pool(self.rule, change))
-        if self.steps < WARM_UP_STEPS:
-            return
-        entries = self.steps - WARM_UP_STEPS
-        d0, d1, d2 = self.changes
-        reuse = ops.third_order_skip(d0, d1, d2, self.rule.threshold).cpu()
-        if entries > CAP_FREE_ENTRIES:
-            reuse &= self.run < min(self.rule.max_skip, entries)
-        self.reuse, self.run = reuse, _longer(self.run, reuse)
-
-
-class _Tensor:
-    def __init__(self, rule: AdaptiveSkip, x: Tensor, sigma: float) -> None:
-        self.rule = rule
-        self.latents: deque[Tensor] = deque([_in_space(x, sigma, rule.space)], maxlen=4)
-        self.reuse, self.run = _no_reuse(rule, x)
-
-    def update(self, x: Tensor, x_next: Tensor, sigma: float, sigma_next: float, change: Tensor | None = None) -> None:
-        self.latents.append(_in_space(x_next, sigma_next, self.rule.space))
-        if len(self.latents) < 4:
-            return
-        x0, x1, x2, x3 = self.latents
-        third, last = (_pool(self.rule, mean) for mean in ops.third_order_difference(x0, x1, x2, x3))
-        reuse = (third <= self.rule.threshold * last).cpu() & (self.run < self.rule.max_skip)
-        self.reuse, self.run = reuse, _longer(self.run, reuse)
-
-
 class _Fixed:
     def __init__(self, every: int) -> None:
         self.every = every
         self.steps = 0
         self.reuse = torch.zeros(1, dtype=torch.bool)
 
-    def update(self, x: Tensor, x_next: Tensor, sigma: float, sigma_next: float, change: Tensor | None = None) -> None:
+    def update(self, x: Tensor, x_next: Tensor, sigma: float, sigma_next: float) -> None:
         self.steps += 1
         self.reuse = torch.tensor([self.steps % self.every != 0])
-
-
-def _no_reuse(rule: AdaptiveSkip, x: Tensor) -> tuple[Tensor, Tensor]:
-    decisions = x.shape[0] if rule.per_sample else 1
-    return torch.zeros(decisions, dtype=torch.bool), torch.zeros(decisions, dtype=torch.int64)
-
-
-def _longer(run: Tensor, reuse: Tensor) -> Tensor:
-    return torch.where(reuse, run + 1, 0)  # reuses in a row, [1] or [B]
-
-
-def _pool(rule: AdaptiveSkip, means: Tensor) -> Tensor:
-    return means if rule.per_sample else means.mean().reshape(1)
-
-
-def _in_space(x: Tensor, sigma: float, space: str) -> Tensor:
-    return x if space == "ve" else x / math.sqrt(1 + sigma**2)
-
-
-def _mean_change(x: Tensor, x_next: Tensor, sigma: float, sigma_next: float, space: str) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    change = _in_space(x_next.to(dtype), sigma_next, space) - _in_space(x.to(dtype), sigma, space)
-    return change.abs().reshape(x.shape[0], math.prod(x.shape[1:])).mean(1)  # [B]

@@ -1,6 +1,6 @@
 """One step of each solver of the probability-flow equation dx/dsigma = (x - D(x, sigma)) / sigma.
 
-Every step ends in `ops.guided_step`: the higher-order ones hand it the denoised sample whose Euler step is theirs.
+Every step ends in one `ops.solver_step`, where guidance, the update and the criterion for skipping are one pass; see `Trajectory`.
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .. import ops
-from .guidance import guide
-from .prediction import Predictor, neg_log
+from .trajectory import Trajectory
 
-Step = Callable[[Predictor, Tensor, float, float], tuple[Tensor, Tensor]]
+Step = Callable[[Trajectory, Tensor, float, float], Tensor]
 
 
-def euler_step(predict: Predictor, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
-    """x + (sigma_next - sigma) (x - D) / sigma; returns (x_next, mean |x_next - x| per sample)."""
-    denoised, uncond = predict(x, sigma)
-    return ops.guided_step(x, denoised, sigma, sigma_next, uncond=uncond, guidance=predict.guidance)
+def euler_step(trajectory: Trajectory, x: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """x + (sigma_next - sigma) (x - D) / sigma."""
+    return trajectory.step(x, sigma, sigma_next, trajectory.predict(x, sigma), at=sigma).x_next
 
 
-def heun_step(predict: Predictor, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
-    """The trapezoidal rule over an Euler step (Karras et al. 2022, Algorithm 1 without churn); to sigma_next = 0 an Euler step alone."""
-    denoised, uncond = predict(x, sigma)
-    guidance = predict.guidance
-    euler, change = ops.guided_step(x, denoised, sigma, sigma_next, uncond=uncond, guidance=guidance)
+def heun_step(trajectory: Trajectory, x: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """The trapezoidal rule over an Euler step (Karras et al. 2022, Algorithm 1 without churn); to sigma_next = 0 an Euler step alone.
+
+    Where both of a step's predictions are reused, the rule over a line is the line's middle.
+    """
+    first = trajectory.predict(x, sigma)
     if sigma_next == 0:
-        return euler, change
-    slope_next = (euler - guide(*predict(euler, sigma_next), guidance)) / sigma_next
-    average = 0.5 * (x + guide(denoised, uncond, guidance)) - (0.5 * sigma) * slope_next
-    return ops.guided_step(x, average, sigma, sigma_next)
+        return trajectory.step(x, sigma, sigma_next, first, at=sigma).x_next
+    middle = (sigma + sigma_next) / 2
+    if first is None:
+        return trajectory.step(x, sigma, sigma_next, None, at=middle).x_next
+    euler = trajectory.step(x, sigma, sigma_next, first, at=sigma, complete=False).x_next
+    second = trajectory.predict(euler, sigma_next)
+    return trajectory.step(x, sigma, sigma_next, second, at=sigma_next, reuse_at=middle, point=euler).x_next
 
 
 class DPMSolverPP2M:
@@ -46,25 +47,29 @@ class DPMSolverPP2M:
         self.denoised: Tensor | None = None
         self.h = math.inf
 
-    def __call__(self, predict: Predictor, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
-        denoised = guide(*predict(x, sigma), predict.guidance)
-        last, self.denoised = self.denoised, denoised
-        if last is None or sigma_next == 0:
-            used = denoised
-        else:
-            used = denoised + (neg_log(sigma_next) - neg_log(sigma)) / (2 * self.h) * (denoised - last)
-        self.h = math.inf if sigma_next == 0 else neg_log(sigma_next) - neg_log(sigma)
-        return ops.guided_step(x, used, sigma, sigma_next)
+    def __call__(self, trajectory: Trajectory, x: Tensor, sigma: float, sigma_next: float) -> Tensor:
+        predictions = trajectory.predict(x, sigma)
+        h = math.inf if sigma_next == 0 else neg_log(sigma_next) - neg_log(sigma)
+        previous = None if sigma_next == 0 else self.denoised
+        weight = 0.0 if previous is None else h / (2 * self.h)
+        # Without guidance and reuse the denoiser's own output is D.
+        given = predictions is not None and predictions[1] is None and predictions[0].shape == x.shape
+        result = trajectory.step(
+            x, sigma, sigma_next, predictions, at=neg_log(sigma), previous=previous, previous_weight=weight, keep_denoised=not given
+        )
+        self.denoised = predictions[0] if predictions is not None and given else result.denoised
+        self.h = h
+        return result.x_next
 
 
-def _identity(sigma: float) -> float:
-    return sigma
+def neg_log(sigma: float) -> float:
+    """-ln sigma, in which DPM-Solver's steps are exact for a constant prediction."""
+    return -math.log(sigma)
 
 
-# Solver -> (a new step, the variable in which it treats its predictions as smooth).
-SOLVERS: dict[str, tuple[Callable[[], Step], Callable[[float], float]]] = {
-    "euler": (lambda: euler_step, _identity),
-    "ddim": (lambda: euler_step, _identity),
-    "heun": (lambda: heun_step, _identity),
-    "dpmpp_2m": (DPMSolverPP2M, neg_log),
+SOLVERS: dict[str, Callable[[], Step]] = {
+    "euler": lambda: euler_step,
+    "ddim": lambda: euler_step,
+    "heun": lambda: heun_step,
+    "dpmpp_2m": DPMSolverPP2M,
 }

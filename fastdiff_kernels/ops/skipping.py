@@ -1,15 +1,21 @@
-"""Criteria for reusing a network's output (AdaptiveDiffusion; Ye, Yuan et al., arXiv 2410.09873)."""
+"""Criteria for reusing a network's output (AdaptiveDiffusion; Ye, Yuan et al., arXiv 2410.09873), and the solver step that ends in one."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _dispatch  # noqa: F401  (registers the ops)
-from ._checks import check_like, check_tensor
+from ..reference.skipping import STATE_WIDTH
+from ._checks import check_choice, check_count, check_device, check_like, check_positive, check_tensor
 
 _third_order_skip = torch.ops.fastdiff.third_order_skip.default
 _third_order_difference = torch.ops.fastdiff.third_order_difference.default
+_solver_step = torch.ops.fastdiff.solver_step.default
 
 
 def third_order_skip(d0: Tensor, d1: Tensor, d2: Tensor, threshold: float | Tensor) -> Tensor:
@@ -60,6 +66,182 @@ def third_order_difference(x0: Tensor, x1: Tensor, x2: Tensor, x3: Tensor) -> tu
     for name, x in (("x1", x1), ("x2", x2), ("x3", x3)):
         check_like(op, name, x, "x0", x0)
     return _third_order_difference(x0, x1, x2, x3)
+
+
+class SolverStep(NamedTuple):
+    """What `solver_step` returns; what was not asked for has no elements."""
+
+    x_next: Tensor
+    noise: Tensor
+    denoised: Tensor
+    state: Tensor
+
+
+def solver_step(
+    x: Tensor,
+    sigma: float,
+    sigma_next: float,
+    *,
+    denoised: Tensor | None = None,
+    uncond: Tensor | None = None,
+    guidance: float = 1.0,
+    rows: Tensor | None = None,
+    newest: Tensor | None = None,
+    older: Tensor | None = None,
+    at: float | None = None,
+    reuse_at: float | None = None,
+    previous: Tensor | None = None,
+    previous_weight: float = 0.0,
+    point: Tensor | None = None,
+    state: Tensor | None = None,
+    mode: str = "none",
+    threshold: float = 0.01,
+    max_skip: int = 4,
+    before: tuple[Tensor, Tensor] | None = None,
+    scales: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    keep_noise: bool = False,
+    keep_denoised: bool = False,
+) -> SolverStep:
+    """One step of a solver of dx/dsigma = (x - D) / sigma and the decision whether the next one needs the network, in one pass over x.
+
+    A sample's prediction is computed or reused ::
+
+        computed  D = uncond + guidance (denoised - uncond), or denoised without uncond;  e = (x - D) / sigma
+        reused    e = newest + (reuse_at - at_newest) / (at_newest - at_older) (newest - older), or newest;  D = x - sigma e
+
+    and the step is Euler's from D' = D + previous_weight (D - previous), which makes it DPM-Solver++(2M) with the right weight ::
+
+        x_next = x + (sigma_next - sigma) (x - D') / sigma
+
+    or, for a computed sample with `point`, the second half of Heun's: `denoised` was then predicted at the Euler step `point` ::
+
+        e = (point - D) / sigma_next;  x_next = x + (point - x) / 2 + (sigma_next - sigma) e / 2
+
+    The decision is taken where the means are, so that nothing waits for the host. With X_k the latent after k steps and the means over
+    all of the batch ([1, 9] state) or over each sample ([B, 9]), mode "official" reuses in the next step iff ::
+
+        d_k = mean |X_k - X_(k-1)|:   |(d_k + d_(k-2)) / 2 - d_(k-1)| <= threshold d_(k-1)
+
+    from k = 4 on, at most max_skip times in a row once five decisions have been taken (arXiv 2410.09873 as its authors' code has it);
+    mode "tensor" iff mean |X_k - 3 X_(k-1) + 3 X_(k-2) - X_(k-3)| <= threshold mean |X_k - X_(k-1)|, at most max_skip times in a row.
+    Differences are formed before x_next is rounded, in float32 (float64 for float64 latents), and decisions in float64.
+
+    Args:
+        x: [B, ...], float32, bfloat16, float16 or float64. Here and below a layout other than contiguous is copied once.
+        sigma, sigma_next: levels of x, > 0, and of x_next, >= 0.
+        denoised, uncond: like x, or [M, ...] with `rows`: the denoiser's output with the condition and without it.
+        guidance: finite; must be left at 1 without uncond.
+        rows: int64 [B]: the row of `denoised` that belongs to a sample, negative where the sample reuses. Without it all samples compute,
+            or, without `denoised`, all reuse.
+        newest, older: like x: the last noise predictions; `older` only where predictions are to be continued linearly. A sample
+            with a single one so far (by its state) reuses that as it is.
+        at: where on the solver's axis e was computed, stored with keep_noise; sigma unless given. reuse_at: where a reused one is wanted;
+            `at` unless given.
+        previous: like x: D of the last step. point: like x. Not both.
+        state: float64 [1, 9] or [B, 9], zeros before the first step. Columns: completed steps, reuses in a row, 1 where the next step
+            reuses, noise predictions stored (0 to 2), `at` of the newest and of the older, and the last three d, the newest last.
+        mode: "official", "tensor", or "none", which takes no decision and counts no step.
+        threshold: >= 0. max_skip: >= 1.
+        before: (X_(k-2), X_(k-3)) for mode "tensor", like x; None while there are not that many, which decides for computing.
+        scales: what x_next, x and the two of `before` are multiplied by before they are differenced: 1 / sqrt(1 + sigma^2) looks at the
+            latents of a variance-preserving process.
+        keep_noise, keep_denoised: whether e and D are returned; a sample that reused has its newest for e.
+
+    Returns:
+        SolverStep: x_next, like x; noise e and denoised D, like x, or without elements where not asked for; the new state, float64, without
+        elements where none was given. For inference only: arguments must not require grad.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    op = "solver_step"
+    check_tensor(op, "x", x)
+    check_positive(op, "sigma", sigma)
+    if not 0 <= sigma_next < math.inf:
+        raise ValueError(f"{op}: sigma_next must be finite and at least 0; got {sigma_next}")
+    _check_predictions(op, x, denoised, uncond, guidance, rows, newest, older)
+    for name, like in (("previous", previous), ("point", point), *zip(("before[0]", "before[1]"), before or (), strict=False)):
+        if like is not None:
+            check_like(op, name, like, "x", x)
+    if point is not None and (previous is not None or denoised is None or sigma_next == 0):
+        raise ValueError(f"{op}: point needs denoised and sigma_next > 0, and excludes previous")
+    _check_rule(op, x, state, mode, threshold, max_skip, scales)
+    if keep_noise and denoised is None:
+        raise ValueError(f"{op}: keep_noise needs denoised, which is None; a reused prediction is not a new one")
+    at = sigma if at is None else at
+    older1, older0 = before or (None, None)
+    return SolverStep(
+        *_solver_step(
+            *(x, denoised, uncond, rows, newest, older, previous, point, older1, older0, state, sigma, sigma_next, guidance, at),
+            *(at if reuse_at is None else reuse_at, previous_weight, scales, mode, threshold, max_skip, (keep_noise, keep_denoised)),
+        )
+    )
+
+
+def _check_predictions(
+    op: str,
+    x: Tensor,
+    denoised: Tensor | None,
+    uncond: Tensor | None,
+    guidance: float,
+    rows: Tensor | None,
+    newest: Tensor | None,
+    older: Tensor | None,
+) -> None:
+    if denoised is None:
+        if newest is None:
+            raise ValueError(f"{op}: needs denoised, or newest to reuse; got neither")
+        if uncond is not None or rows is not None:
+            raise ValueError(f"{op}: {'rows' if uncond is None else 'uncond'} needs denoised, which is None")
+    elif rows is None:
+        check_like(op, "denoised", denoised, "x", x)
+    else:
+        _check_rows(op, x, denoised, rows, newest)
+    if uncond is not None and denoised is not None:
+        check_like(op, "uncond", uncond, "denoised", denoised)
+    elif guidance != 1:
+        raise ValueError(f"{op}: guidance needs uncond, which is None; got guidance = {guidance}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"{op}: guidance must be finite; got {guidance}")
+    for name, prediction in (("newest", newest), ("older", older)):
+        if prediction is not None:
+            check_like(op, name, prediction, "x", x)
+    if older is not None and newest is None:
+        raise ValueError(f"{op}: older needs newest, which is None")
+
+
+def _check_rows(op: str, x: Tensor, denoised: Tensor, rows: Tensor, newest: Tensor | None) -> None:
+    check_tensor(op, "denoised", denoised)
+    if denoised.shape[1:] != x.shape[1:]:
+        raise ValueError(f"{op}: denoised must have samples of shape {tuple(x.shape[1:])}; got {tuple(denoised.shape)}")
+    if denoised.dtype != x.dtype:
+        raise TypeError(f"{op}: denoised must have the dtype of x, {x.dtype}; got {denoised.dtype}")
+    check_device(op, "denoised", denoised, "x", x)
+    if rows.dtype != torch.int64 or rows.shape != x.shape[:1]:
+        raise ValueError(f"{op}: rows must be int64 of shape ({x.shape[0]},); got {rows.dtype}, {tuple(rows.shape)}")
+    check_device(op, "rows", rows, "x", x)
+    if newest is None:
+        raise ValueError(f"{op}: rows needs newest, which is None")
+    known = rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel() > 0
+    if known and int(rows.max()) >= denoised.shape[0]:
+        raise ValueError(f"{op}: rows must be below the {denoised.shape[0]} rows of denoised; got {int(rows.max())}")
+
+
+def _check_rule(op: str, x: Tensor, state: Tensor | None, mode: str, threshold: float, max_skip: int, scales: Sequence[float]) -> None:
+    check_choice(op, "mode", mode, ("official", "tensor", "none"))
+    _check_threshold(op, threshold)
+    check_count(op, "max_skip", max_skip, 1)
+    if len(scales) != 4:
+        raise ValueError(f"{op}: scales must be 4 numbers; got {len(scales)}")
+    if state is None:
+        if mode != "none":
+            raise ValueError(f"{op}: mode {mode!r} needs state, which is None")
+        return
+    if state.dtype != torch.float64:
+        raise TypeError(f"{op}: state must be float64; got {state.dtype}")
+    if state.dim() != 2 or state.shape[0] not in (1, x.shape[0]) or state.shape[1] != STATE_WIDTH:
+        raise ValueError(f"{op}: state must have shape (1, {STATE_WIDTH}) or ({x.shape[0]}, {STATE_WIDTH}); got {tuple(state.shape)}")
+    check_device(op, "state", state, "x", x)
 
 
 def _threshold(op: str, threshold: float | Tensor, like: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastdiff_kernels import ops
 from fastdiff_kernels.diffusion import AdaptiveSkip, FixedSkip, Schedule, sample
+from fastdiff_kernels.reference.skipping import D2, REUSE, STATE_WIDTH
 
 from .oracles import Recorder, given_noise, two_points
 
@@ -48,12 +50,15 @@ def tensor_by_lists(latents: list[Tensor], threshold: float, max_skip: int) -> l
     return reused
 
 
-def decisions(rule: AdaptiveSkip | FixedSkip, latents: list[Tensor], levels: list[float]) -> list[list[bool]]:
-    state = rule.start(latents[0], levels[0])
+def decisions(rule: AdaptiveSkip, latents: list[Tensor]) -> list[list[bool]]:
+    """What the op decides along these latents. A step to sigma = 0 is one to `denoised`, exactly."""
+    state = torch.zeros(latents[0].shape[0] if rule.per_sample else 1, STATE_WIDTH, dtype=torch.float64)
     reused = []
-    for (x, x_next), (sigma, sigma_next) in zip(pairwise(latents), pairwise(levels), strict=True):
-        reused.append(state.reuse.tolist())
-        state.update(x, x_next, sigma, sigma_next)
+    for k, (x, x_next) in enumerate(pairwise(latents)):
+        reused.append((state[:, REUSE] != 0).tolist())
+        before = (latents[k - 1], latents[k - 2]) if k >= 2 else None
+        settings = {"mode": rule.mode, "threshold": rule.threshold, "max_skip": rule.max_skip}
+        state = ops.solver_step(x, 1.0, 0.0, denoised=x_next, state=state, before=before, **settings).state
     return reused
 
 
@@ -65,16 +70,12 @@ def walk(changes: list[int]) -> list[Tensor]:
     return latents
 
 
-def falling(count: int) -> list[float]:
-    return [float(count - k) for k in range(count)]
-
-
 # Small integers and thresholds of few bits: every difference is exact, so that ties are decided alike, and there are many of them.
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=60), st.sampled_from([0.0, 0.125, 0.5, 2.0]), st.integers(1, 8))
 def test_official_rule_agrees_with_whole_lists(changes: list[int], threshold: float, max_skip: int) -> None:
     latents = walk(changes)
-    reused = decisions(AdaptiveSkip(threshold, max_skip), latents, falling(len(latents)))
+    reused = decisions(AdaptiveSkip(threshold, max_skip), latents)
     assert [row[0] for row in reused] == official_by_lists(latents, threshold, max_skip)
 
 
@@ -84,7 +85,7 @@ def test_tensor_rule_agrees_with_whole_lists(changes: list[int], threshold: floa
     latents = [torch.zeros(1, 2, dtype=torch.float64)]
     for change in changes:
         latents.append(latents[-1] + torch.tensor([[change, 1.0]], dtype=torch.float64))
-    reused = decisions(AdaptiveSkip(threshold, max_skip, mode="tensor"), latents, falling(len(latents)))
+    reused = decisions(AdaptiveSkip(threshold, max_skip, mode="tensor"), latents)
     assert [row[0] for row in reused] == tensor_by_lists(latents, threshold, max_skip)
 
 
@@ -96,7 +97,7 @@ def test_decisions_hold_for_the_batch_or_for_each_sample(mode: str, by_lists: Ca
     noise = torch.tensor([0.0, 0.05, 1.0], dtype=torch.float64)[:, None]
     latents = [drift * k + noise * torch.randn(3, 8, generator=generator, dtype=torch.float64) for k in range(40)]
     threshold = 0.05 if mode == "official" else 0.3
-    reused = decisions(AdaptiveSkip(threshold, mode=mode, per_sample=per_sample), latents, falling(40))
+    reused = decisions(AdaptiveSkip(threshold, mode=mode, per_sample=per_sample), latents)
     if per_sample:
         expected = [by_lists([x[i : i + 1] for x in latents], threshold, 4) for i in range(3)]
         assert [list(row) for row in zip(*reused, strict=True)] == expected
@@ -168,25 +169,43 @@ def test_geometric_changes_pass_between_two_ratios(threshold: float, side: int) 
         assert result.nfe == calls
 
 
+def official_along(denoiser: Callable[..., Tensor], x: Tensor, levels: list[float], threshold: float, max_skip: int) -> list[bool]:
+    """AdaptiveDiffusion with Euler steps, as its index semantics read: lists, and the means of plain tensors."""
+    mask, d, reused = [], {}, []
+    for n, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        reused.append(n > 3 and not mask[-1])
+        if not reused[-1]:
+            cached = (x - denoiser(x, x.new_full((len(x),), sigma))) / sigma
+        x_next = x + (sigma_next - sigma) * cached
+        if n >= 1:
+            d[n + 1] = (x_next - x).abs().mean()
+        if n >= 3:
+            passes = abs((d[n + 1] + d[n - 1]) / 2 - d[n]) <= threshold * d[n]
+            mask.append((len(mask) > 4 and not any(mask[-max_skip:])) or not passes)
+        x = x_next
+    return reused
+
+
+@pytest.mark.parametrize("grid", ["karras", "uniform"])
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize(("threshold", "max_skip"), [(1e-4, 4), (1e-3, 7)])
+def test_a_thousand_steps_decide_as_the_plain_rule(batch: int, grid: str, threshold: float, max_skip: int) -> None:
+    schedule = Schedule.karras(1000, 0.01, 80.0) if grid == "karras" else Schedule([10.0 - 0.01 * k for k in range(1001)])
+    noise = torch.randn(batch, 24, dtype=torch.float64)
+    result = sample(two_points, noise, schedule, solver="euler", skip=AdaptiveSkip(threshold, max_skip))
+    levels = schedule.sigmas.tolist()
+    expected = official_along(two_points, noise * levels[0], levels, threshold, max_skip)
+    assert result.skipped.tolist() == expected
+    assert 100 < sum(expected) < 990
+
+
 def test_with_constant_noise_the_changes_are_those_of_the_grid() -> None:
-    seen: list[float] = []
-
-    class Spy(AdaptiveSkip):
-        def start(self, x: Tensor, sigma: float) -> object:
-            state = super().start(x, sigma)
-            update = state.update
-
-            def spy(x: Tensor, x_next: Tensor, sigma: float, sigma_next: float, change: Tensor | None = None) -> None:
-                seen.append(change.mean().item())
-                update(x, x_next, sigma, sigma_next, change)
-
-            state.update = spy
-            return state
-
-    schedule = Schedule.karras(50, 0.002, 80.0)
-    denoiser = given_noise(lambda sigma: 0.3 * torch.ones_like(sigma))
-    sample(denoiser, torch.zeros(1, 64, dtype=torch.float64), schedule, solver="euler", skip=Spy())
-    assert seen == pytest.approx((-0.3 * schedule.sigmas.diff()).tolist(), rel=3e-8)
+    levels = Schedule.karras(50, 0.002, 80.0).sigmas.tolist()
+    x, noise, state = torch.zeros(1, 64, dtype=torch.float64), torch.full((1, 64), 0.3, dtype=torch.float64), None
+    state = torch.zeros(1, STATE_WIDTH, dtype=torch.float64)
+    for sigma, sigma_next in pairwise(levels):
+        x, _, _, state = ops.solver_step(x, sigma, sigma_next, newest=noise, state=state, mode="official")
+        assert state[0, D2].item() == pytest.approx(0.3 * (sigma - sigma_next), rel=1e-12)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m"])
