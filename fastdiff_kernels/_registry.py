@@ -43,8 +43,8 @@ class Op:
     optional_grads: bool = False
     """Whether f_backward takes None for the gradient of an output that nobody used, instead of zeros."""
     recorded: bool = False
-    """Whether a third op `f_recorded(inputs, needs)` runs where gradients will be asked for. It also returns, for each differentiable
-    argument, what f_backward takes for it after the inputs: its gradient but for the gradient of the outputs."""
+    """Whether a third op `f_recorded(inputs, needs) -> (output, gradients)` runs where gradients will be asked for: it also writes what the
+    gradients are for an upstream gradient of ones, and all that is left for backward is to scale them."""
     dual: str | None = None
     """The op that computes outputs and tangents together in forward mode: f's arguments, then a tangent or None for each differentiable
     one -> f's outputs, then a tangent for each. Otherwise forward mode runs the definition."""
@@ -57,6 +57,12 @@ class Op:
     refuses: Callable[..., str | None] | None = None
     """(backend, *arguments) -> why that backend does not run this call; None where it does."""
     backward_of: str | None = None
+    recorded_of: str | None = None
+
+    @property
+    def companion_of(self) -> str | None:
+        """Name of the op whose derivatives this one is there for."""
+        return self.backward_of or self.recorded_of
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -92,6 +98,10 @@ def _like_first(*args: Any) -> Tensor:
 
 def _like_two(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+def _like_three(x: Tensor, y: Tensor, z: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), y.new_empty(y.shape), z.new_empty(z.shape)
 
 
 def _like_first_twice(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -176,9 +186,14 @@ _TABLE = (
         "qk_norm_rope", "rotary",
         "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, str? norm, str rope, float eps)"
         " -> (Tensor, Tensor)",
-        _R.rotary.qk_norm_rope, _like_two, ("cpu",),
+        _R.rotary.qk_norm_rope, _like_two, ("cpu", "triton"),
         differentiable=("q", "k", "q_weight", "k_weight", "cos", "sin"), traced=("cos", "sin"),
         flops=lambda q, k, *_: 10 * (q.numel() + k.numel()),
+    ),
+    Op(
+        "qkv_pixel_norm", "rotary", "(Tensor q, Tensor k, Tensor v, float eps) -> (Tensor, Tensor, Tensor)",
+        _R.rotary.qkv_pixel_norm, _like_three, ("cpu", "triton"),
+        differentiable=("q", "k", "v"), flops=lambda q, k, v, _: 4 * (q.numel() + k.numel() + v.numel()),
     ),
     Op(
         "attention", "attention", "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> (Tensor, Tensor)",

@@ -12,6 +12,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Tokens that one partial sum of the weight's gradient covers.
 constexpr int64_t kTokens = 64;
+// Tokens taken at once where they are innermost: a line of float32.
+constexpr int64_t kTransposed = 16;
 
 struct Norm {
   bool any, centred, pixel, over_heads, half;
@@ -49,7 +51,13 @@ class Table {
   int64_t batch_stride_ = 0, row_stride_ = 0;
 };
 
-// x [B, N, H, D] of any strides, token by token.
+// Some heads of some tokens of one sample, as a task takes them at once: [tokens, heads, width].
+struct Piece {
+  int64_t b, n, tokens, head, heads, width;
+  int64_t run() const { return heads * width; }
+};
+
+// x [B, N, H, D] of any strides.
 template <class T>
 struct TokensOf {
   const T* data;
@@ -68,18 +76,33 @@ struct TokensOf {
 
   int64_t count() const { return batch * rows; }
   int64_t elements() const { return heads * width; }
+  bool tokens_inside() const { return row_stride < stride; }
 
-  void load_token(int64_t token, Acc<T>* to) const {
-    const T* from = data + token / rows * batch_stride + token % rows * row_stride;
-    for (int64_t h = 0; h < heads; ++h) {
-      const T* head = from + h * head_stride;
-      Acc<T>* out = to + h * width;
-      if (stride == 1) {
+  void load_piece(const Piece& piece, Acc<T>* to) const {
+    const T* from = data + piece.b * batch_stride + piece.n * row_stride + piece.head * head_stride;
+    if (tokens_inside()) {
+      for (int64_t h = 0; h < piece.heads; ++h) load_transposed(from + h * head_stride, piece, to + h * width);
+      return;
+    }
+    for (int64_t t = 0; t < piece.tokens; ++t) {
+      for (int64_t h = 0; h < piece.heads; ++h) load_head(from + t * row_stride + h * head_stride, to + t * piece.run() + h * width);
+    }
+  }
+
+ private:
+  void load_head(const T* head, Acc<T>* to) const {
+    if (stride == 1) {
 #pragma omp simd
-        for (int64_t d = 0; d < width; ++d) out[d] = load(head[d]);
-      } else {
-        for (int64_t d = 0; d < width; ++d) out[d] = load(head[d * stride]);
-      }
+      for (int64_t d = 0; d < width; ++d) to[d] = load(head[d]);
+    } else {
+      for (int64_t d = 0; d < width; ++d) to[d] = load(head[d * stride]);
+    }
+  }
+
+  // A head of all tokens of a piece, channel by channel.
+  void load_transposed(const T* head, const Piece& piece, Acc<T>* to) const {
+    for (int64_t d = 0; d < width; ++d) {
+      for (int64_t t = 0; t < piece.tokens; ++t) to[t * piece.run() + d] = load(head[d * stride + t * row_stride]);
     }
   }
 };
@@ -151,30 +174,55 @@ void normalise_backward(A* grad, A* x, int64_t size, const A* weight, const Norm
   for (int64_t i = 0; i < size; ++i) grad[i] = factor * (grad[i] - mean) - x[i] * correction;
 }
 
-// Calls body(token, room) for every token in parallel, chunk by chunk; room holds so many tokens of numbers.
-template <class A, class F>
-void for_each_token(const Tensor& like, int64_t tokens, int64_t elements, int64_t room_tokens, F&& body) {
-  const int64_t chunks = (tokens + kTokens - 1) / kTokens;
+// Calls body(chunk, piece, room) for every piece in parallel, chunk of tokens by chunk; room holds so many pieces of numbers. A piece is a
+// token, or where tokens are innermost some of them with as many heads as the norm is over.
+template <class T, class F>
+void for_each_piece(const Tensor& like, const TokensOf<T>& x, const Norm& norm, int64_t pieces, F&& body) {
+  using A = Acc<T>;
+  const int64_t elements = x.elements(), heads = x.tokens_inside() && !norm.over_heads ? 1 : x.heads, run = heads * x.width;
+  const int64_t tokens = x.tokens_inside() ? kTransposed : 1, chunks = (x.count() + kTokens - 1) / kTokens;
   const int64_t grain = std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(1, kTokens * elements));
   torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
-    Tensor room = torch::stable::new_empty(like, {room_tokens * elements}, kDtype<A>);
-    for (int64_t token = first * kTokens; token < std::min(last * kTokens, tokens); ++token) body(token, write<A>(room));
+    Tensor room = torch::stable::new_empty(like, {pieces * tokens * run}, kDtype<A>);
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const int64_t end = std::min((chunk + 1) * kTokens, x.count());
+      for (int64_t token = chunk * kTokens, next; token < end; token = next) {
+        const int64_t b = token / x.rows, n = token % x.rows;
+        next = std::min({token + tokens, end, (b + 1) * x.rows});
+        for (int64_t head = 0; head < x.heads; head += heads) body(chunk, Piece{b, n, next - token, head, heads, x.width}, write<A>(room));
+      }
+    }
   });
+}
+
+template <class T>
+void store_piece(const Acc<T>* values, const Piece& piece, const TokensOf<T>& x, T* out) {
+  for (int64_t t = 0; t < piece.tokens; ++t) {
+    T* to = out + ((piece.b * x.rows + piece.n + t) * x.heads + piece.head) * x.width;
+#pragma omp simd
+    for (int64_t i = 0; i < piece.run(); ++i) to[i] = store<T>(values[t * piece.run() + i]);
+  }
+}
+
+template <class A>
+void rotate_piece(A* values, const Piece& piece, const Table<A>& cosines, const Table<A>& sines, bool half, bool back) {
+  if (!cosines.data()) return;
+  for (int64_t t = 0; t < piece.tokens; ++t) {
+    const int64_t n = piece.n + t;
+    rotate_token(values + t * piece.run(), piece.heads, piece.width, cosines.row(piece.b, n), sines.row(piece.b, n), half, back);
+  }
 }
 
 template <class T>
 void forward(const Tensor& x_, T* out, const Table<Acc<T>>& weight, const Table<Acc<T>>& cosines, const Table<Acc<T>>& sines, const Norm& norm) {
   using A = Acc<T>;
   const TokensOf<T> x(x_);
-  const int64_t elements = x.elements(), size = norm.over_heads ? elements : x.width;
-  for_each_token<A>(x_, x.count(), elements, 1, [&](int64_t token, A* values) {
-    x.load_token(token, values);
-    for (int64_t i = 0; norm.any && i < elements; i += size) normalise(values + i, size, weight.data(), norm);
-    const int64_t b = token / x.rows, n = token % x.rows;
-    if (cosines.data()) rotate_token(values, x.heads, x.width, cosines.row(b, n), sines.row(b, n), norm.half, false);
-    T* to = out + token * elements;
-#pragma omp simd
-    for (int64_t i = 0; i < elements; ++i) to[i] = store<T>(values[i]);
+  const int64_t size = norm.over_heads ? x.elements() : x.width;
+  for_each_piece(x_, x, norm, 1, [&](int64_t, const Piece& piece, A* values) {
+    x.load_piece(piece, values);
+    for (int64_t i = 0; norm.any && i < piece.tokens * piece.run(); i += size) normalise(values + i, size, weight.data(), norm);
+    rotate_piece(values, piece, cosines, sines, norm.half, false);
+    store_piece(values, piece, x, out);
   });
 }
 
@@ -185,24 +233,21 @@ void backward(
   using A = Acc<T>;
   const TokensOf<T> grad(grad_), x(x_);
   const Table<A> weight(weight_);
-  const int64_t elements = x.elements(), size = norm.over_heads ? elements : x.width, chunks = (x.count() + kTokens - 1) / kTokens;
+  const int64_t size = norm.over_heads ? x.elements() : x.width, chunks = (x.count() + kTokens - 1) / kTokens;
   Tensor partial = torch::stable::new_empty(x_, {grad_weight ? chunks * size : 0}, ScalarType::Double);
   double* sums = grad_weight ? write<double>(partial) : nullptr;
   if (sums) std::fill(sums, sums + chunks * size, 0.0);
-  for_each_token<A>(x_, x.count(), elements, 2, [&](int64_t token, A* grads) {
+  for_each_piece(x_, x, norm, 2, [&](int64_t chunk, const Piece& piece, A* grads) {
+    const int64_t elements = piece.tokens * piece.run();
     A* values = grads + elements;
-    grad.load_token(token, grads);
-    const int64_t b = token / x.rows, n = token % x.rows;
-    if (cosines.data()) rotate_token(grads, x.heads, x.width, cosines.row(b, n), sines.row(b, n), norm.half, true);
+    grad.load_piece(piece, grads);
+    rotate_piece(grads, piece, cosines, sines, norm.half, true);
     if (norm.any) {
-      x.load_token(token, values);
-      double* chunk = sums ? sums + token / kTokens * size : nullptr;
-      for (int64_t i = 0; i < elements; i += size) normalise_backward(grads + i, values + i, size, weight.data(), norm, chunk);
+      x.load_piece(piece, values);
+      double* of_chunk = sums ? sums + chunk * size : nullptr;
+      for (int64_t i = 0; i < elements; i += size) normalise_backward(grads + i, values + i, size, weight.data(), norm, of_chunk);
     }
-    if (grad_x == nullptr) return;
-    T* to = grad_x + token * elements;
-#pragma omp simd
-    for (int64_t i = 0; i < elements; ++i) to[i] = store<T>(grads[i]);
+    if (grad_x) store_piece(grads, piece, x, grad_x);
   });
   if (!grad_weight) return;
   *grad_weight = empty_as(*weight_);
@@ -255,6 +300,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward
   return {grad_q, grad_k, grad_q_weight, grad_k_weight, absent(q), absent(q)};
 }
 
+std::tuple<Tensor, Tensor, Tensor> qkv_pixel_norm(const Tensor& q, const Tensor& k, const Tensor& v, double eps) {
+  const Norm norm("pixel", "half", eps);
+  const auto normalised = [&](const Tensor& x) {
+    Tensor out = empty_as(x);
+    dispatch(x.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const Table<Acc<T>> none(std::nullopt);
+      forward<T>(x, write<T>(out), none, none, none, norm);
+    });
+    return out;
+  };
+  return {normalised(q), normalised(k), normalised(v)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> qkv_pixel_norm_backward(
+    const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, const Tensor& q, const Tensor& k, const Tensor& v, double eps,
+    std::vector<bool> needs) {
+  const Norm norm("pixel", "half", eps);
+  const auto gradient = [&](const Tensor& grad, const Tensor& x, bool needed) {
+    if (!needed) return absent(x);
+    Tensor grad_x = empty_as(x);
+    dispatch(x.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const Table<Acc<T>> none(std::nullopt);
+      backward<T>(grad, x, write<T>(grad_x), std::nullopt, nullptr, none, none, norm);
+    });
+    return grad_x;
+  };
+  return {gradient(grad_q, q, needs[0]), gradient(grad_k, k, needs[1]), gradient(grad_v, v, needs[2])};
+}
+
 }  // namespace
 }  // namespace fastdiff::FASTDIFF_VARIANT
 
@@ -264,4 +340,6 @@ FASTDIFF_CPU_KERNELS(m) {
   using namespace fastdiff::FASTDIFF_VARIANT;
   m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
   m.impl("qk_norm_rope_backward", TORCH_BOX(&qk_norm_rope_backward));
+  m.impl("qkv_pixel_norm", TORCH_BOX(&qkv_pixel_norm));
+  m.impl("qkv_pixel_norm_backward", TORCH_BOX(&qkv_pixel_norm_backward));
 }

@@ -1,4 +1,5 @@
-"""Normalisation of queries and keys (arXiv 2010.04245) and rotary position embedding (Su et al., arXiv 2104.09864), both in one pass."""
+"""Normalisation of queries and keys (arXiv 2010.04245) and rotary position embedding (Su et al., arXiv 2104.09864), both in one pass; and
+the pixel norm of queries, keys and values (Karras et al., arXiv 2312.02696)."""
 
 from __future__ import annotations
 
@@ -6,9 +7,10 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch  # noqa: F401  (registers the ops)
-from ._checks import check_choice, check_companion_dtype, check_device, check_positive, check_tensor
+from ._checks import check_choice, check_companion_dtype, check_device, check_like, check_positive, check_tensor
 
 _qk_norm_rope = torch.ops.fastdiff.qk_norm_rope.default
+_qkv_pixel_norm = torch.ops.fastdiff.qkv_pixel_norm.default
 
 NORMS = ("rms", "layer", "rms_heads", "layer_heads", "pixel", None)
 _WEIGHTED = ("rms", "layer", "rms_heads", "layer_heads")
@@ -34,8 +36,9 @@ def qk_norm_rope(
     (i, D/2 + i) for "half".
 
     Args:
-        q, k: [B, N, H, D], float32, bfloat16, float16 or float64, any strides (parts of one packed projection are read in place). They
-            share B, H and D, and with cos and sin also N.
+        q, k: [B, N, H, D], float32, bfloat16, float16 or float64, any strides: parts of one packed projection [B, N, 3, H, D] are read
+            in place, and so are those of [B, H, D, 3, N], tokens innermost (a norm over all heads copies them on a GPU). They share
+            B, H and D, and with cos and sin also N.
         q_weight, k_weight: [D], or [H * D] for norms over all heads; q's dtype or float32; None means ones. The norms
             "pixel" and None take no weight.
         cos, sin: [N, D/2] or [B, N, D/2], both alike, q's dtype or float32; D even. None, both of them, means no rotation.
@@ -51,10 +54,40 @@ def qk_norm_rope(
         TypeError, ValueError: naming the argument that is wrong.
     """
     op = "qk_norm_rope"
-    check_tensor(op, "q", q, dims=4)
-    check_tensor(op, "k", k, dims=4)
     check_choice(op, "norm", norm, NORMS)
     check_choice(op, "rope", rope, ("interleaved", "half"))
+    _check_queries_and_keys(op, q, k)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            _check_weight(op, name, weight, norm, q)
+    _check_angles(op, cos, sin, q, k)
+    return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, norm, rope, check_positive(op, "eps", eps))
+
+
+def qkv_pixel_norm(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-4) -> tuple[Tensor, Tensor, Tensor]:
+    """x / (eps + sqrt(mean(x^2))) over each head, for x = q, k and v: the pixel norm of EDM2's attention (arXiv 2312.02696, section 2).
+
+    Args:
+        q: [B, N, H, D], float32, bfloat16, float16 or float64, any strides: parts of one packed projection [B, N, 3, H, D] or, tokens
+            innermost, [B, H, D, 3, N] are read in place.
+        k, v: the same, of one shape; their N may be another.
+        eps: greater than 0.
+
+    Returns:
+        Three tensors [B, N, H, D] contiguous, q's dtype. Differentiable in all three; at a head of zeros the slope is 1 / eps.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    op = "qkv_pixel_norm"
+    _check_queries_and_keys(op, q, k)
+    check_like(op, "v", v, "k", k)
+    return _qkv_pixel_norm(q, k, v, check_positive(op, "eps", eps))
+
+
+def _check_queries_and_keys(op: str, q: Tensor, k: Tensor) -> None:
+    check_tensor(op, "q", q, dims=4)
+    check_tensor(op, "k", k, dims=4)
     if min(q.shape[2:]) < 1:
         raise ValueError(f"{op}: q must have at least one head and one channel a head; got shape {tuple(q.shape)}")
     if (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
@@ -62,11 +95,6 @@ def qk_norm_rope(
     if k.dtype != q.dtype:
         raise TypeError(f"{op}: k must have the dtype of q, {q.dtype}; got {k.dtype}")
     check_device(op, "k", k, "q", q)
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None:
-            _check_weight(op, name, weight, norm, q)
-    _check_angles(op, cos, sin, q, k)
-    return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, norm, rope, check_positive(op, "eps", eps))
 
 
 def _check_weight(op: str, name: str, weight: Tensor, norm: str | None, q: Tensor) -> None:

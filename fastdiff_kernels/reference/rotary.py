@@ -52,3 +52,9 @@ def qk_norm_rope(
             y = _rotate(y, cos, sin, rope)
         outputs.append(y.to(x.dtype))
     return outputs[0], outputs[1]
+
+
+def qkv_pixel_norm(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor, Tensor]:
+    """Each of q, k, v [B, N, H, D]: x / (eps + sqrt(mean(x^2) over D))."""
+    outputs = [_normalise(x.to(compute_dtype(x)), None, "pixel", eps).to(x.dtype) for x in (q, k, v)]
+    return outputs[0], outputs[1], outputs[2]

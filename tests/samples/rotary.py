@@ -22,4 +22,11 @@ def _qk_norm_rope(dtype, device):
     ]
 
 
-SAMPLES = {"qk_norm_rope": _qk_norm_rope}
+def _qkv_pixel_norm(dtype, device):
+    generator = torch.Generator().manual_seed(18)
+    packed = torch.randn(B, H, D, 3, N, generator=generator, dtype=torch.float64).to(device, dtype)
+    q, k, v = packed.permute(3, 0, 4, 1, 2).unbind(0)
+    return [(q, k, v, EPS), (q.contiguous(), k[:, :2].contiguous(), v[:, :2].contiguous(), EPS)]
+
+
+SAMPLES = {"qk_norm_rope": _qk_norm_rope, "qkv_pixel_norm": _qkv_pixel_norm}
