@@ -1,0 +1,116 @@
+"""Tiles of attention on GPU: how a head's width is split, rows are loaded and products are taken; and the sizes of blocks.
+
+A width that is no power of two is held in two pieces, 72 as 64 + 16, so that little of a product is spent on padding. Loops over keys or
+queries run unmasked over whole blocks; the rest is one masked block at the end.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def product(a, b, sums, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """sums + a b; sums may be None."""
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, like, WIDEN: tl.constexpr):
+    """x in the dtype in which it is multiplied by `like`."""
+    return x if WIDEN else x.to(like.dtype)
+
+
+@triton.jit
+def offset(strides, b, n, h, UNIT: tl.constexpr):
+    """Where row n of head h of sample b begins."""
+    return b * (strides[0] * UNIT) + n * (strides[1] * UNIT) + h * (strides[2] * UNIT)
+
+
+@triton.jit
+def load_rows(
+    base, strides, rows, stop, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Columns [FIRST, FIRST + SIZE) of rows of a head, zero from row `stop` (where MASKED) and from column WIDTH on."""
+    columns = FIRST + tl.arange(0, SIZE)
+    at = base + rows.to(tl.int64)[:, None] * (strides[1] * UNIT) + (columns if UNIT > 1 else columns.to(tl.int64) * strides[3])[None, :]
+    if MASKED and FIRST + SIZE > WIDTH:
+        return tl.load(at, mask=(rows < stop)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(at, mask=(rows < stop)[:, None], other=0.0)
+    elif FIRST + SIZE > WIDTH:
+        return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def store_rows(
+    base, strides, rows, stop, values, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    columns = FIRST + tl.arange(0, SIZE)
+    at = base + rows.to(tl.int64)[:, None] * (strides[1] * UNIT) + (columns if UNIT > 1 else columns.to(tl.int64) * strides[3])[None, :]
+    mask = (rows < stop)[:, None] & (columns < WIDTH)[None, :] if FIRST + SIZE > WIDTH else (rows < stop)[:, None]
+    tl.store(at, values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def existing_keys(key_lengths, b, keys):
+    """How many keys of sample b exist."""
+    if key_lengths is None:
+        length = keys
+    else:
+        length = tl.minimum(tl.maximum(tl.load(key_lengths + b), 0), keys).to(tl.int32)
+    return length
+
+
+def pieces(width: int) -> tuple[int, int]:
+    """Two powers of two (or one and 0) of at least 16 that hold a row of `width`, with the least padding."""
+    whole = max(16, triton.next_power_of_2(width))
+    head = whole // 2
+    if whole == 16 or width == whole:
+        return whole, 0
+    tail = max(16, triton.next_power_of_2(width - head))
+    return (head, tail) if head + tail < whole else (whole, 0)
+
+
+def unit(*tensors: Tensor) -> int:
+    """A divisor of all strides that makes rows begin at multiples of 16 bytes; 1 where there is none or columns are not adjacent.
+
+    Strides are passed divided by it, so that the compiler sees the alignment: it knows of an argument only whether 16 divides it.
+    """
+    count = 16 // tensors[0].element_size()
+    aligned = all(t.stride(3) == 1 and all(s % count == 0 for s in _outer_strides(t)) for t in tensors)
+    return count if aligned and tensors[0].shape[3] % count == 0 else 1
+
+
+def _outer_strides(x: Tensor) -> tuple[int, ...]:
+    # Nothing is a step away along a dimension of one.
+    return tuple(x.stride(i) if x.shape[i] > 1 else 0 for i in range(3))
+
+
+def strides(x: Tensor, unit: int) -> tuple[int, ...]:
+    """Distances in units from one sample, row and head to the next, and in elements from one column to the next."""
+    return (*(s // unit for s in _outer_strides(x)), x.stride(3))
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, whose products are right in float32 alone."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def arithmetic(x: Tensor) -> dict[str, object]:
+    """How products are taken. float32 is multiplied as such: tensor cores round it to 10 bits, or to 21 in three products."""
+    return {"PRECISION": "ieee" if x.dtype == torch.float32 else "tf32", "WIDEN": interpreting()}

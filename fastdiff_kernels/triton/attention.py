@@ -1,0 +1,92 @@
+"""Attention on GPU: the launchers. Products are taken on tensor cores for 16-bit inputs, in float32 for float32; sums in float32.
+
+float64 is left to the definition: it has no use in a network, and a kernel of its own would only serve tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from ._attention_backward import key_kernel, query_kernel
+from ._attention_dual import dual_kernel
+from ._attention_forward import forward_kernel
+from ._attention_sizes import Sizes, sizes
+from ._attention_tiles import arithmetic, pieces, strides, unit
+from ._common import absent, launch
+
+
+def _constants(q: Tensor, unit: int, s: Sizes) -> dict[str, object]:
+    """What every kernel is compiled for."""
+    head, tail = pieces(q.shape[3])
+    return {
+        "HEAD": head,
+        "TAIL": tail,
+        "WIDTH": q.shape[3],
+        "UNIT": unit,
+        "BLOCK_M": s.queries,
+        "BLOCK_N": s.keys,
+        "STAGES": s.stages,
+        "num_warps": s.warps,
+        "num_stages": s.stages,
+        **arithmetic(q),
+    }
+
+
+def _per_query(q: Tensor) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+def _programs(x: Tensor, rows: int) -> int:
+    return x.shape[0] * x.shape[2] * triton.cdiv(x.shape[1], rows)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse = q.new_empty(q.shape), _per_query(q)
+    step, s = unit(q, k, v, out), sizes("forward", q, k)
+    launch(
+        forward_kernel, _programs(q, s.queries), q, k, v, key_lengths, out, lse, *(strides(x, step) for x in (q, k, v, out)),
+        scale, q.shape[1], k.shape[1], q.shape[2], NEGATIVE=scale < 0, **_constants(q, step, s),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    grad: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None,
+    output: Tensor, lse: Tensor, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) if need else None for x, need in zip((q, k, v), needs, strict=True))
+    grad = torch.zeros_like(output) if grad is None else grad
+    lse, delta = lse.contiguous(), _per_query(q)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    step = unit(grad, q, k, v, output, *(g for g in (grad_q, grad_k, grad_v) if g is not None))
+    s, numbers = sizes("queries", q, k), (scale, q.shape[1], k.shape[1], q.shape[2])
+    written = grad_q if grad_q is not None else output
+    launch(
+        query_kernel, _programs(q, s.queries), grad, grad_lse, q, k, v, key_lengths, output, lse, delta, grad_q,
+        *(strides(x, step) for x in (grad, q, k, v, output, written)), *numbers, **_constants(q, step, s),
+    )  # fmt: skip
+    if grad_k is not None or grad_v is not None:
+        s, written = sizes("keys", q, k), grad_k if grad_k is not None else grad_v
+        launch(
+            key_kernel, _programs(k, s.keys), grad, q, k, v, key_lengths, lse, delta, grad_k, grad_v,
+            *(strides(x, step) for x in (grad, q, k, v, written)), *numbers, **_constants(q, step, s),
+        )  # fmt: skip
+    return tuple(absent(q) if g is None else g for g in (grad_q, grad_k, grad_v))
+
+
+def attention_dual(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None, t_q: Tensor | None, t_k: Tensor | None, t_v: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, lse, t_out, t_lse = q.new_empty(q.shape), _per_query(q), q.new_empty(q.shape), _per_query(q)
+    tangents = tuple(x if t is None else t for t, x in ((t_q, q), (t_k, k), (t_v, v)))
+    step, s = unit(q, k, v, *tangents, out), sizes("dual", q, k)
+    launch(
+        dual_kernel, _programs(q, s.queries), q, k, v, key_lengths, t_q, t_k, t_v, out, lse, t_out, t_lse,
+        *(strides(x, step) for x in (q, k, v, *tangents, out)), scale, q.shape[1], k.shape[1], q.shape[2],
+        NEGATIVE=scale < 0, **_constants(q, step, s),
+    )  # fmt: skip
+    return out, lse, t_out, t_lse
