@@ -16,20 +16,22 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement
 
-from ._dispatch import TABLE
+from . import _dispatch  # noqa: F401  (registers the ops)
+from ._companions import TABLE
 from ._registry import OPS, Op, overload
 
 _WITH_SHARED_VECTORS = ("modulate", "rotary", "group_norm")
+_SHARED = ("table",)
 
 
 def _tensor_like(argument: Any) -> bool:
     return hasattr(argument, "shape")
 
 
-def _is_batched(op: Op, argument: Any, sample: Any) -> bool:
+def _is_batched(op: Op, name: str, argument: Any, sample: Any) -> bool:
     """Whether an argument has a row for each sample of the batch."""
     dims = len(argument.shape)
-    if dims == 0 or argument.shape[0] != sample.shape[0]:
+    if name in _SHARED or dims == 0 or argument.shape[0] != sample.shape[0]:
         return False
     if op.family in _WITH_SHARED_VECTORS:
         # Vectors are weights; of the two shapes that rotary tables have, the one with a batch has three dimensions.
@@ -42,7 +44,7 @@ Acceptable = tuple[Sequence[Placement], Sequence[Placement | None]]
 
 
 def _rule(op: Op) -> Callable[..., list[Acceptable]]:
-    forward = OPS[op.backward_of or op.name]
+    forward = OPS[op.companion_of or op.name]
     outputs = len(overload(op).default._schema.returns)
     gradients = len(forward.primary) if op.backward_of else 0
 
@@ -51,11 +53,12 @@ def _rule(op: Op) -> Callable[..., list[Acceptable]]:
         whole: Acceptable = ([Replicate()] * outputs, [Replicate() if _tensor_like(a) else None for a in args])
         if not _splits(forward, call[0]):
             return [whole]
-        given = [_placement(forward, a, call[0]) for a in args]
-        if not op.backward_of:
+        given = [_placement(forward, name, a, call[0]) for name, a in zip(op.arguments, args, strict=True)]
+        if not op.companion_of:
             return [whole, ([Shard(0)] * outputs, given)]
-        wanted = [call[forward.arguments.index(name)] for name in forward.differentiable]
-        return [whole, (_of_gradients(forward, wanted, args[-1], call[0]), given)]
+        wanted = [(name, call[forward.arguments.index(name)]) for name in forward.differentiable]
+        found = _of_gradients(forward, wanted, args[-1], call[0])
+        return [whole, ([Shard(0), *found] if op.recorded_of else found, given)]
 
     return rule
 
@@ -63,20 +66,21 @@ def _rule(op: Op) -> Callable[..., list[Acceptable]]:
 def _splits(op: Op, sample: Any) -> bool:
     if "seed" in op.arguments or not sample.shape:
         return False
-    return op.name != "integrate_schedule" or len(sample.shape) > 1
+    # A decision may be one for the whole batch.
+    return op.name != "solver_step" and (op.name != "integrate_schedule" or len(sample.shape) > 1)
 
 
-def _placement(op: Op, argument: Any, sample: Any) -> Placement | None:
+def _placement(op: Op, name: str, argument: Any, sample: Any) -> Placement | None:
     if not _tensor_like(argument):
         return None
-    return Shard(0) if _is_batched(op, argument, sample) else Replicate()
+    return Shard(0) if _is_batched(op, name, argument, sample) else Replicate()
 
 
-def _of_gradients(op: Op, wanted: Sequence[Any], needs: Sequence[bool], sample: Any) -> list[Placement]:
+def _of_gradients(op: Op, wanted: Sequence[tuple[str, Any]], needs: Sequence[bool], sample: Any) -> list[Placement]:
     """Of samples: split; of what they share: partial sums; of what nobody asked for: an empty tensor everywhere."""
     return [
-        (Shard(0) if _is_batched(op, argument, sample) else Partial()) if need else Replicate()
-        for argument, need in zip(wanted, needs, strict=True)
+        (Shard(0) if _is_batched(op, name, argument, sample) else Partial()) if need else Replicate()
+        for (name, argument), need in zip(wanted, needs, strict=True)
     ]
 
 

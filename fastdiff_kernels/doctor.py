@@ -9,7 +9,7 @@ import platform
 
 import torch
 
-from . import __version__, _dispatch, _loader
+from . import __version__, _backends, _loader
 from ._registry import OPS
 
 
@@ -65,10 +65,10 @@ def _ops() -> list[str]:
     """For each op, the backends that would run here."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probe = torch.empty(1, device=device)
-    names = [name for name in _dispatch.BACKENDS if name != "reference"]
+    names = [name for name in _backends.BACKENDS if name != "reference"]
     rows = []
     for op in OPS.values():
-        available = [name for name in names if _dispatch.refusal(op, name, (probe,)) is None]
+        available = [name for name in names if _backends.refusal(op, name, (probe,)) is None]
         rows.append(f"  {op.name:32} {', '.join(available) or 'its definition in PyTorch'}")
     return [f"ops on {device}:", *rows]
 

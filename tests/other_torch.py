@@ -8,7 +8,7 @@ import sys
 import torch
 
 import fastdiff_kernels
-from fastdiff_kernels import _dispatch, _loader
+from fastdiff_kernels import _backends, _loader
 from fastdiff_kernels._registry import OPS, overload
 
 
@@ -19,7 +19,7 @@ def main() -> None:
         samples |= importlib.import_module(f"tests.samples.{family}").SAMPLES
     compared = 0
     for name, op in OPS.items():
-        assert name not in _dispatch._WITHOUT_CPU_KERNEL, f"{name} has no CPU kernel in {_loader.LIBRARY}"
+        assert name not in _backends.without_cpu_kernel, f"{name} has no CPU kernel in {_loader.LIBRARY}"
         for args in samples[name](torch.float64, "cpu"):
             call = overload(op).default
             actual = call(*args)

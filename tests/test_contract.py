@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastdiff_kernels
-from fastdiff_kernels import _dispatch, _loader
+from fastdiff_kernels import _backends, _companions, _loader
 from fastdiff_kernels._registry import OPS, Op, overload
 
 from .helpers import outputs_of
@@ -74,14 +74,14 @@ def test_every_op_is_public_and_documented():
             assert section in function.__doc__, f"{op.name} lacks {section}"
 
 
-@pytest.mark.parametrize("op", _dispatch.TABLE.values(), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", _companions.TABLE.values(), ids=lambda op: op.name)
 def test_every_kernel_of_the_table_exists(op: Op):
-    assert _dispatch._missing_cpu_kernel(op) is None
+    assert _backends.missing_cpu_kernel(op) is None
     if "triton" in op.kernels:
         source = (importlib.resources.files("fastdiff_kernels") / "triton" / f"{op.family}.py").read_text()
         assert f"def {op.name}(" in source
     if "cuda" in op.kernels and _loader.build_report()["cuda"]:
-        assert _dispatch._has_kernel(f"fastdiff_cuda::{op.name}", "CUDA")
+        assert _backends.has_kernel(f"fastdiff_cuda::{op.name}", "CUDA")
 
 
 @pytest.mark.parametrize(("op", "index"), CALLS)

@@ -69,18 +69,26 @@ class _NoDriver:
 def compile_launches(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Binary]:
     """Compiles every launch that call() makes through a family's `launch`, specialised as the launch itself would be, for every capability.
 
-    call() gets CPU tensors; nothing runs, so what it returns is not written.
+    call() gets CPU tensors; nothing runs, so what it returns is not written. It is called once for each capability, which a launcher that
+    asks `_common.capability` is told.
     """
     launches: list[tuple] = []
 
     def record(kernel, _programs, *args, num_warps=4, enable_fp_fusion=True, **constants):
         launches.append((kernel, args, {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion, **constants}))
 
-    for module in [m for name, m in sys.modules.items() if name.startswith("fastdiff_kernels.triton.") and hasattr(m, "launch")]:
-        monkeypatch.setattr(module, "launch", record)
-    call()
-    assert launches, "the call launched no kernel"
-    return [_compile(*launch, capability) for launch in launches for capability in CAPABILITIES]
+    modules = [m for name, m in sys.modules.items() if name.startswith("fastdiff_kernels.triton.") and hasattr(m, "launch")]
+    found = []
+    for capability in CAPABILITIES:
+        launches.clear()
+        for module in modules:
+            monkeypatch.setattr(module, "launch", record)
+            if hasattr(module, "capability"):
+                monkeypatch.setattr(module, "capability", lambda _tensor, capability=capability: capability)
+        call()
+        assert launches, "the call launched no kernel"
+        found += [(i, _compile(*launch, capability)) for i, launch in enumerate(launches)]
+    return [binary for _, binary in sorted(found, key=lambda item: item[0])]
 
 
 def _compile(kernel: triton.JITFunction, args: tuple, options: dict, capability: int) -> Binary:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff_kernels._dispatch import TABLE
+from fastdiff_kernels._companions import TABLE
 from fastdiff_kernels.reference import philox
 from fastdiff_kernels.reference import score_matching as definition
 from fastdiff_kernels.triton import _sums, score_matching

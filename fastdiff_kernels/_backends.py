@@ -1,0 +1,151 @@
+"""Which backend runs a call: what each refuses, in what order they are tried, how one is forced, and what `explain` says of it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import _choices, _loader
+from ._companions import TABLE
+from ._registry import Op, overload
+
+BACKENDS = ("reference", "cpu", "triton", "cuda", "sdpa")
+
+without_cpu_kernel: set[str] = set()
+"""Ops that the compiled library does not implement."""
+
+
+def missing_cpu_kernel(op: Op) -> str | None:
+    if op.name in without_cpu_kernel:
+        return _loader.load() or "the compiled library is older than this package; rebuild it (`fastdiff doctor` says how)"
+    return None
+
+
+def order(op: Op, args: Sequence[Any]) -> tuple[str, ...]:
+    """The backends of a call in order of preference, before its definition."""
+    device = next(a for a in args if isinstance(a, Tensor)).device
+    if device.type == "cpu":
+        return ("cpu",)
+    kernels = tuple(name for name in op.kernels if name != "cpu")
+    choice = _choice(op, device, args)
+    return kernels if choice is None else (choice.backend, *(name for name in kernels if name != choice.backend))
+
+
+def _choice(op: Op, device: torch.device, args: Sequence[Any]) -> _choices.Choice | None:
+    if op.size is None:
+        return None
+    return _choices.choose(op.companion_of or op.name, _choices.device_names(device), "eager", *op.size(*args))
+
+
+def refusal(op: Op, name: str, args: Sequence[Any]) -> str | None:
+    """Why backend `name` does not run this call of op; None where it does."""
+    device = next(a for a in args if isinstance(a, Tensor)).device.type
+    if name == "reference":
+        return None
+    if name not in op.kernels:
+        return f"{op.name} has no {name} kernel"
+    if op.refuses is not None and (reason := op.refuses(name, *args)) is not None:
+        return reason
+    if name == "cpu":
+        return f"the tensors are on {device}" if device != "cpu" else missing_cpu_kernel(op)
+    if name == "cuda":
+        if device != "cuda":
+            return f"the tensors are on {device}"
+        return _loader.load() or (None if has_kernel(f"fastdiff_cuda::{op.name}", "CUDA") else "the package was built without CUDA")
+    if name == "sdpa":
+        return None if device == "cuda" else f"the tensors are on {device}"
+    if device != "cuda" and not _interpreting():
+        return f"the tensors are on {device} and the Triton interpreter is off"
+    if not _triton_installed():
+        return "triton is not installed"
+    return None
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def run(op: Op, name: str, args: Sequence[Any]):
+    """Runs one call of op on backend `name`, which must not refuse it."""
+    if name == "reference":
+        return op.reference(*args)
+    if name == "triton":
+        return getattr(importlib.import_module(f".triton.{op.family}", __package__), op.name)(*args)
+    if name == "cuda":
+        return getattr(torch.ops.fastdiff_cuda, op.name).default(*args)
+    if name == "sdpa":
+        return getattr(importlib.import_module("._sdpa", __package__), op.name)(*args)
+    return overload(op).default(*args)
+
+
+class backend(TorchDispatchMode):
+    """Context manager in which every op runs on the named backend: "reference", "cpu", "triton", "cuda" or "sdpa" (attention alone).
+
+    A call that the backend cannot run raises RuntimeError with the reason; nothing falls back. Functions compiled with
+    torch.compile run uncompiled inside it.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in BACKENDS:
+            raise ValueError(f"backend: name must be one of {', '.join(BACKENDS)}; got {name!r}")
+        super().__init__()
+        self.name = name
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        op = _by_overload().get(func)
+        if op is None:
+            return func(*args, **(kwargs or {}))
+        reason = refusal(op, self.name, args)
+        if reason is not None:
+            raise RuntimeError(f"backend({self.name!r}) cannot run {op.name}: {reason}")
+        return run(op, self.name, args)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Op, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (op := _by_overload().get(func)) is not None:
+            self.calls.append((op, args))
+        return func(*args, **(kwargs or {}))
+
+
+def explain(fn: Callable, *args: Any, **kwargs: Any) -> str:
+    """Runs fn(*args, **kwargs) and says, for each op in it, which backend ran and why the others did not."""
+    with _Recorder() as recorder:
+        fn(*args, **kwargs)
+    if not recorder.calls:
+        return f"{getattr(fn, '__name__', fn)}: called no fastdiff op (under forward-mode derivatives the definitions run)"
+    lines = []
+    for op, call in recorder.calls:
+        reasons = {name: refusal(op, name, call) for name in BACKENDS}
+        chosen = next((name for name in order(op, call) if reasons[name] is None), "reference")
+        others = [f"{name}: {reason or 'not preferred here'}" for name, reason in reasons.items() if name != chosen]
+        choice = _choice(op, next(a for a in call if isinstance(a, Tensor)).device, call)
+        because = f" by {choice}" if choice is not None and choice.backend == chosen else ""
+        lines.append(f"{op.name}: {chosen}{because} ({'; '.join(others)})")
+    return "\n".join(lines)
+
+
+@functools.cache
+def _by_overload() -> dict[torch._ops.OpOverload, Op]:
+    return {overload(op).default: op for op in TABLE.values()}
