@@ -85,10 +85,12 @@ def _step_kernel(
     """One chunk of one sample. An argument that is None takes what reads it out of the kernel."""
     sample, begin = locate(elements, chunks, BLOCK, BLOCKS_PER_CHUNK)
     row = sample
-    computes = denoised is not None
+    computed_end = elements
+    reused_end = elements
     if rows is not None:
         row = tl.load(rows + sample)
-        computes = row >= 0
+        computed_end = tl.where(row >= 0, elements, 0)
+        reused_end = tl.where(row >= 0, 0, elements)
     if older is not None:
         ahead, both = _continuation(state + sample * state_stride, reuse_at)
     third_sum = tl.zeros((BLOCK,), tl.float32)
@@ -99,7 +101,7 @@ def _step_kernel(
         at = sample * elements + index
         here = widen(tl.load(x + at, mask=mask, other=0.0))
         if denoised is not None:
-            wanted = mask & computes
+            wanted = index < computed_end
             guided = widen(tl.load(denoised + row * elements + index, mask=wanted, other=0.0))
             if uncond is not None:
                 without = widen(tl.load(uncond + row * elements + index, mask=wanted, other=0.0))
@@ -110,24 +112,22 @@ def _step_kernel(
             else:
                 error = here - guided
         if newest is not None:
-            wanted = mask
-            if rows is not None:
-                wanted = mask & (row < 0)
+            wanted = index < reused_end
             held = widen(tl.load(newest + at, mask=wanted, other=0.0))
             predicted = held
             if older is not None:
                 past = widen(tl.load(older + at, mask=wanted, other=0.0))
                 predicted = tl.where(both, past + ahead * (held - past), held)
             if rows is not None:
-                error = tl.where(computes, error, sigma * predicted)
-                guided = tl.where(computes, guided, here - error)
+                error = tl.where(row >= 0, error, sigma * predicted)
+                guided = tl.where(row >= 0, guided, here - error)
             else:
                 error = sigma * predicted
                 guided = here - error
         if noise is not None:
             fresh = error / divisor
             if rows is not None:
-                fresh = tl.where(computes, fresh, held)
+                fresh = tl.where(row >= 0, fresh, held)
             tl.store(noise + at, fresh, mask=mask)
         if used is not None:
             tl.store(used + at, guided, mask=mask)
@@ -140,13 +140,17 @@ def _step_kernel(
         result = here + move if FROM_X else guided + kept * error
         if point is not None:
             half = 0.5 * (middle - here) + second * error
-            move = tl.where(computes, half, move)
-            result = tl.where(computes, here + half, result)
+            if rows is not None:
+                move = tl.where(row >= 0, half, move)
+                result = tl.where(row >= 0, here + half, result)
+            else:
+                move = half
+                result = here + half
         tl.store(following + at, result, mask=mask)
         if DECIDES:
             change = scale_next * move + scale_change * here
             last_sum += tl.where(mask, tl.abs(change), 0.0)
-            if before0 is not None:
+            if before0 is not None:  # and so before1
                 older_value = scale1 * widen(tl.load(before1 + at, mask=mask, other=0.0))
                 oldest_value = scale0 * widen(tl.load(before0 + at, mask=mask, other=0.0))
                 difference = change - 2.0 * (scale * here - older_value) + (older_value - oldest_value)
@@ -179,7 +183,7 @@ def _decide_kernel(
         if rows is not None:
             fresh = tl.load(rows + decision) >= 0
         older_at = tl.where(fresh, newest_at, older_at)
-        newest_at = tl.where(fresh, at.to(tl.float64), newest_at)
+        newest_at = tl.where(fresh, at, newest_at)
         stored = tl.where(fresh, tl.minimum(stored + 1.0, 2.0), stored)
     if MODE != "none":
         third_total = tl.zeros((WIDTH,), tl.float64)
@@ -198,7 +202,7 @@ def _decide_kernel(
         if MODE == "official":
             entries = steps - 4.0
             straight = (entries >= 0.0) & (tl.abs((d0 + d2) * 0.5 - d1) <= threshold * d1)
-            again = straight & ((entries <= 4.0) | (run < tl.minimum(entries, max_skip.to(tl.float64))))
+            again = straight & ((entries <= 4.0) | (run < tl.minimum(entries, max_skip)))
         elif HAS_THIRD:
             again = (tl.sum(third_total, 0) / count <= threshold * mean) & (run < max_skip)
         else:
@@ -223,37 +227,36 @@ def solver_step(
     mode: str, threshold: float, max_skip: int, keep: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See fastdiff_kernels.ops.solver_step. One launch for the step, one for the decision."""
-    dense = tuple(None if t is None else t.contiguous() for t in (denoised, uncond, rows, newest, older, previous, point, before1, before0))
-    following = x.new_empty(x.shape)
-    noise, used = (x.new_empty(x.shape) if wanted else None for wanted in keep)
     batch = x.shape[0]
     elements = x.numel() // batch if batch else 0
     chunks = max(1, triton.cdiv(elements, CHUNK))
     decides = mode != "none"
+    per_sample = state is not None and state.shape[0] == batch
+    following = x.new_empty(x.shape)
+    noise, used = (x.new_empty(x.shape) if wanted else None for wanted in keep)
     third, last = (x.new_empty(batch * chunks if decides else 0, dtype=torch.float64) for _ in range(2))
     after = x.new_empty(0 if state is None else state.shape, dtype=torch.float64)
-    state = None if state is None else state.contiguous()
-    per_sample = state is not None and state.shape[0] == batch
+    # A line needs the times of its two points, and a step that computes every sample nothing of what is remembered.
+    if state is None:
+        older = None
+    if denoised is not None and rows is None:
+        newest = older = None
+    given = (x, denoised, uncond, rows, newest, older, previous, point, before1, before0, state)
+    dense = tuple(None if t is None else t.contiguous() for t in given)
     kept = sigma_next / sigma
     second = 0.0 if point is None else 0.5 * (sigma_next - sigma) / sigma_next
     divisor = sigma if point is None else sigma_next
     scalars = (sigma, guidance, (sigma - sigma_next) / sigma, kept, previous_weight, second, divisor, reuse_at)
-    # A line needs the times of its two points; without a state predictions are held.
-    dense = (*dense[:4], None if state is None else dense[4], *dense[5:])
-    # A step that computes every sample has no use for what is remembered.
-    if denoised is not None and rows is None:
-        dense = (*dense[:3], None, None, *dense[5:])
-    if dense[7] is None:
-        dense = (*dense[:7], None, None)
-    tensors = (x.contiguous(), *dense, state, following, noise, used, third, last)
+    numbers = (float(s) for s in (*scalars, scales[0], scales[0] - scales[1], *scales[1:]))
     sizes = (elements, chunks, STATE_WIDTH if per_sample else 0)
-    differences = (scales[0], scales[0] - scales[1], *scales[1:])
-    numbers = (float(s) for s in (*scalars, *differences))
-    constants = {"BLOCK": BLOCK, "BLOCKS_PER_CHUNK": BLOCKS_PER_CHUNK}
-    launch(_step_kernel, batch * chunks, *tensors, *sizes, *numbers, FROM_X=kept > 0.5, DECIDES=decides, **constants)
+    launch(
+        _step_kernel, batch * chunks, *dense, following, noise, used, third, last, *sizes, *numbers,
+        FROM_X=kept > 0.5, DECIDES=decides, BLOCK=BLOCK, BLOCKS_PER_CHUNK=BLOCKS_PER_CHUNK,
+    )  # fmt: skip
     if state is not None:
         pooled = 1 if per_sample else batch
-        arguments = (third, last, dense[2], state, after, pooled * chunks, pooled * elements, float(at), float(threshold), max_skip)
-        has_third = mode == "tensor" and dense[8] is not None
-        launch(_decide_kernel, state.shape[0], *arguments, NOTES=keep[0], MODE=mode, HAS_THIRD=has_third, WIDTH=256)
+        launch(
+            _decide_kernel, state.shape[0], third, last, dense[3], dense[-1], after, pooled * chunks, pooled * elements, float(at),
+            float(threshold), max_skip, NOTES=keep[0], MODE=mode, HAS_THIRD=mode == "tensor" and before0 is not None, WIDTH=256,
+        )  # fmt: skip
     return following, x.new_empty(0) if noise is None else noise, x.new_empty(0) if used is None else used, after
