@@ -25,6 +25,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--workers", type=int, help="processes to run stages in, one thread each (default: as many as CPUs, at most 4)")
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
     commands.add_parser("doctor", help="what was built, for what, what is loaded, what is missing and what to do")
+    bench = commands.add_parser("bench", help="tables, figures and comparisons of what `pytest benchmarks --save-rows` measured")
+    wanted = bench.add_subparsers(dest="wanted", required=True)
+    report = wanted.add_parser("report", help="write report.html, report.md and figures")
+    report.add_argument("rows", metavar="ROWS", help="a results file, for instance benchmarks/results/rows.csv")
+    report.add_argument("--out", metavar="FOLDER", default="out/bench", help="where to write (default: %(default)s)")
+    report.add_argument("--into", metavar="FILE", help="instead, put the tables between the marks of this Markdown file")
+    report.add_argument("--network", action="append", default=[], help="with --into: only these networks")
+    compare = wanted.add_parser("compare", help="which cases became slower or faster by more than their noise; status 1 if any is slower")
+    compare.add_argument("a", metavar="A", help="results file, or FILE@COMMIT for the rows of one commit")
+    compare.add_argument("b", metavar="B", help="likewise")
     return parser
 
 
@@ -55,6 +65,35 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .bench import compare, report, rows
+
+    def read(place: str) -> list[rows.Row]:
+        path, _, commit = place.partition("@")
+        found = list(rows.at_commit(rows.read(path), commit))
+        if not found:
+            raise ValueError(f"{place}: no rows")
+        return found
+
+    try:
+        if arguments.wanted == "compare":
+            changes = compare.compare(read(arguments.a), read(arguments.b))
+            print(compare.table(changes))
+            return int(any(change.verdict == "slower" for change in changes))
+        measured = read(arguments.rows)
+        if arguments.into:
+            target = Path(arguments.into)
+            target.write_text(report.splice(target.read_text(), report.markdown(measured, arguments.network)))
+        else:
+            print(report.write(measured, arguments.out))
+    except (OSError, ValueError) as error:
+        print(f"fastdiff bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _doctor() -> int:
     from .doctor import report
 
@@ -65,7 +104,9 @@ def _doctor() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. A missed bar of the demo is reported, not an error."""
     arguments = _parser().parse_args(argv)
-    return _demo(arguments) if arguments.command == "demo" else _doctor()
+    if arguments.command == "demo":
+        return _demo(arguments)
+    return _bench(arguments) if arguments.command == "bench" else _doctor()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""Two runs side by side: which cases became slower or faster by more than their noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .rows import Row, by_case, latest
+
+LEAST = 0.03
+"""Relative changes below this are called noise however quiet the runs were."""
+SIGMAS = 2.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """One case's time relative to eager in its own run, run B over run A, and how far noise alone may move it."""
+
+    case: tuple[str, ...]
+    ratio: float
+    noise: float
+
+    @property
+    def verdict(self) -> str:
+        if abs(math.log(self.ratio)) <= math.log1p(max(LEAST, SIGMAS * self.noise)):
+            return "noise"
+        return "slower" if self.ratio > 1 else "faster"
+
+
+def compare(a: Iterable[Row], b: Iterable[Row], provider: str = "ours") -> list[Change]:
+    """The changes from run a to run b of the cases that both have, worst first.
+
+    Times of different runs do not compare, since machines drift; what compares is the ratio to eager, which ran turn by turn with it.
+    """
+    before, after = by_case(latest(a)), by_case(latest(b))
+    shared = [case for case in before if case in after and {"eager", provider} <= before[case].keys() & after[case].keys()]
+    changes = []
+    for case in shared:
+        four = [before[case]["eager"], before[case][provider], after[case]["eager"], after[case][provider]]
+        noise = math.sqrt(sum(row.spread**2 for row in four))
+        changes.append(Change(case, before[case][provider].x_eager / after[case][provider].x_eager, noise))
+    return sorted(changes, key=lambda change: -change.ratio)
+
+
+def table(changes: list[Change]) -> str:
+    """The changes as text."""
+    lines = [f"{'verdict':8} {'time B/A':>9} {'noise':>7}  case"]
+    lines += [f"{c.verdict:8} {c.ratio:9.3f} {c.noise:7.3f}  {' '.join(part for part in c.case[1:] if part)}" for c in changes]
+    return "\n".join(lines)
