@@ -16,9 +16,8 @@ def speedup_figures(cases: Sequence[dict[str, Row]], folder: Path, name: str) ->
     by_op: dict[str, list[dict[str, Row]]] = {}
     for providers in cases:
         by_op.setdefault(providers["eager"].op, []).append(providers)
-    return [
-        _speedups(op, own, limits, folder / f"{name}_{''.join(c if c.isalnum() else '_' for c in op)}.png") for op, own in by_op.items()
-    ]
+    paths = {op: folder / f"{name}_{''.join(c if c.isalnum() else '_' for c in op)}.png" for op in by_op}
+    return [_speedups(op, own, paths[op]) for op, own in by_op.items()]
 
 
 def _speedups(op: str, cases: Sequence[dict[str, Row]], path: Path) -> Path:
