@@ -1,4 +1,4 @@
-"""The blocks against plain PyTorch, and what they promise at initialisation."""
+"""The blocks against their definitions, and what they promise of single samples, of initialisation and of wrong input."""
 
 from __future__ import annotations
 
@@ -6,71 +6,158 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastdiff_kernels.nn import DiTBlock, UNetAttentionBlock, UNetResBlock, axial_rope
+from fastdiff_kernels.nn import (
+    Carry,
+    DiTBlock,
+    EDM2AttentionBlock,
+    MagnitudePreservingLinear,
+    MMDiTBlock,
+    PixArtBlock,
+    UNetAttentionBlock,
+    UNetResBlock,
+    axial_rope,
+)
+from tests.nn.cases import CASES, TEXT, TOKENS, C, M, defined, every_block, every_case, results, tensors_of
 
 
-def randomised(module, dtype=torch.float64):
-    """With every parameter random, so that zero-initialised branches count."""
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module.to(dtype)
+@every_case
+def test_equals_its_definition_in_float64(case):
+    block, inputs = case.make(), case.inputs()
+    expected = defined(case, block, inputs)
+    for actual, truth in zip(results(block, list(block.parameters()), inputs), expected, strict=True):
+        torch.testing.assert_close(actual, truth, rtol=0, atol=1e-12 * max(1.0, truth.abs().max().item()))
 
 
-def plain_attention(q, k, v):
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+def assert_as_exact_as_eager(case, parameters, stream, **autocast):
+    """Largest errors against the float64 truth, averaged over inputs, since a block's are sums of roundings of either sign."""
+    block, errors = case.make(parameters), []
+    for seed in range(5):
+        inputs = case.inputs(stream, seed)
+        with torch.autocast("cpu", **autocast):
+            actual, plain = results(block, list(block.parameters()), inputs), defined(case, block, inputs)
+        truth = defined(case, block, inputs, torch.float64)
+        roundings = [torch.finfo(stream).eps * t.abs().max() for t in truth]
+        errors.append(
+            [[(x.double() - t).abs().max() for x, t in zip(found, truth, strict=True)] for found in (actual, plain)] + [roundings]
+        )
+    ours, eager, rounding = torch.tensor(errors).mean(0)  # one number for each output and gradient
+    assert (ours <= torch.maximum(2 * eager, rounding)).all(), f"ours {ours}; eager {eager}; one rounding {rounding}"
+    return actual
 
 
-def test_dit_block_starts_as_the_identity():
-    x = torch.randn(2, 5, 16)
-    assert torch.equal(DiTBlock(16, 2, 8)(x, torch.randn(2, 8)), x)
+# The slope of a clip jumps, and so do gradients where a rounding decides on which side a value lies.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "edm2_clipped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_is_as_exact_as_its_definition_in_training_dtypes(name, dtype):
+    actual = assert_as_exact_as_eager(CASES[name], dtype, dtype, enabled=False)
+    assert all(x.dtype == dtype for x in actual)
 
 
-@pytest.mark.parametrize("qk_norm", [None, "rms", "layer"])
-@pytest.mark.parametrize("tokens", [1, 6])
-def test_dit_block_is_adaln_zero(qk_norm, tokens):
-    block = randomised(DiTBlock(16, 2, 8, qk_norm=qk_norm))
-    x, condition = torch.randn(3, tokens, 16, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.modulation(F.silu(condition))[:, None].chunk(6, dim=2)
-    q, k, v = block.qkv(F.layer_norm(x, (16,), eps=1e-6) * (1 + scale_a) + shift_a).view(3, tokens, 3, 2, 8).unbind(2)
-    if qk_norm == "rms":
-        q, k = F.rms_norm(q, (8,), block.q_weight, 1e-6), F.rms_norm(k, (8,), block.k_weight, 1e-6)
-    elif qk_norm == "layer":
-        q, k = F.layer_norm(q, (8,), block.q_weight, eps=1e-6), F.layer_norm(k, (8,), block.k_weight, eps=1e-6)
-    expected = x + gate_a * block.attention_out(plain_attention(q, k, v).reshape(3, tokens, 16))
-    expected = expected + gate_m * block.mlp(F.layer_norm(expected, (16,), eps=1e-6) * (1 + scale_m) + shift_m)
-    torch.testing.assert_close(block(x, condition), expected)
+@every_block
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_keeps_the_streams_dtype(case, stream):
+    actual = assert_as_exact_as_eager(case, torch.float32, stream, dtype=torch.bfloat16)
+    outputs = len(tensors_of(case.make()(*case.inputs())))
+    assert all(x.dtype == stream for x in actual[:outputs])
 
 
-def test_dit_block_with_rope_depends_on_the_order_of_tokens():
-    block, rope = randomised(DiTBlock(16, 2, 8)), axial_rope(2, 3, 8)
-    x, condition, order = torch.randn(1, 6, 16, dtype=torch.float64), torch.randn(1, 8, dtype=torch.float64), torch.randperm(6)
+@pytest.mark.parametrize("name", ["unet", "unet_edm", "edm2"])
+def test_channels_last_in_channels_last_out(name):
+    block, (x,) = CASES[name].make(), CASES[name].inputs()
+    y = block(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(y, block(x))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert block(x).is_contiguous()
+
+
+@every_case
+def test_a_sample_does_not_see_its_batch(case):
+    block, inputs = case.make(), case.inputs()
+    alone = tensors_of(block(*inputs))
+    poisoned = tuple(
+        x.index_fill(0, torch.tensor([1]), float("nan")) if len(x) == 3 and x.is_floating_point() else x
+        for x in case.inputs()[: len(case.shapes)]
+    )
+    beside_nan = tensors_of(block(*poisoned, *inputs[len(case.shapes) :]))
+    for a, b in zip(alone, beside_nan, strict=True):
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+        assert b[1].isnan().any()
+
+
+@every_block
+def test_empty_batch(case):
+    block, inputs = case.make(), case.inputs()
+    empty = tuple(x[:0] if isinstance(x, torch.Tensor) else x for x in inputs)
+    for y, whole in zip(tensors_of(block(*empty)), tensors_of(block(*inputs)), strict=True):
+        assert y.shape == (0, *whole.shape[1:])
+
+
+def test_text_behind_its_length_has_no_influence():
+    block, (x, time, context, lengths) = CASES["pixart"].make(), CASES["pixart"].inputs()
+    behind = torch.arange(M) >= lengths[:, None]  # [B, M]
+    changed = context.masked_fill(behind[:, :, None], float("nan"))
+    assert torch.equal(block(x, time, changed, lengths), block(x, time, context, lengths))
+    assert not torch.equal(block(x, time, context), block(x, time, context, lengths))
+
+
+def test_text_of_length_zero_adds_the_bias_alone():
+    block, (x, time, context, _) = CASES["pixart"].make(), CASES["pixart"].inputs()
+    nothing = block(x, time, context, torch.zeros(3, dtype=torch.int64))
+    block.cross_kv.weight.data.zero_()
+    block.cross_kv.bias.data.zero_()
+    torch.testing.assert_close(nothing, block(x, time, context), rtol=0, atol=1e-12)
+
+
+def test_dit_with_rope_depends_on_the_order_of_tokens():
+    block, (x, condition) = CASES["dit"].make(), CASES["dit"].inputs()
+    rope, order = axial_rope(2, 3, 8), torch.tensor([3, 0, 5, 1, 4, 2])
     torch.testing.assert_close(block(x[:, order], condition), block(x, condition)[:, order])
     assert (block(x[:, order], condition, rope) - block(x, condition, rope)[:, order]).abs().max() > 1e-3
 
 
-def test_unet_attention_block_starts_as_the_identity():
-    x = torch.randn(2, 16, 3, 4)
-    assert torch.equal(UNetAttentionBlock(16, num_heads=2)(x), x)
+def test_a_carried_sum_is_the_sum():
+    (first, second), (x, condition) = (CASES["dit_layer"].make(), CASES["dit"].make()), CASES["dit"].inputs()
+    carried = first(x, condition, carry=True)
+    assert isinstance(carried, Carry)
+    torch.testing.assert_close(carried.hidden + carried.gate[:, None] * carried.branch, first(x, condition), rtol=0, atol=1e-12)
+    torch.testing.assert_close(second(carried, condition), second(first(x, condition), condition), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("qk_norm", [None, "rms"])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_unet_attention_block_is_attention_over_pixels(qk_norm, channels_last):
-    block = randomised(UNetAttentionBlock(16, num_heads=2, num_groups=4, qk_norm=qk_norm))
-    x = torch.randn(2, 16, 3, 4, dtype=torch.float64)
-    x = x.to(memory_format=torch.channels_last) if channels_last else x
-    h = F.group_norm(x, 4, block.norm_weight, block.norm_bias).flatten(2).transpose(1, 2)
-    q, k, v = block.qkv(h).view(2, 12, 3, 2, 8).unbind(2)
-    if qk_norm:
-        q, k = F.rms_norm(q, (8,), block.q_weight, 1e-6), F.rms_norm(k, (8,), block.k_weight, 1e-6)
-    expected = x + block.out(plain_attention(q, k, v).reshape(2, 12, 16)).transpose(1, 2).reshape(2, 16, 3, 4)
-    torch.testing.assert_close(block(x), expected)
+def test_adaln_zero_and_zero_projections_start_as_the_identity():
+    x, context, condition, image = torch.randn(TOKENS), torch.randn(TEXT), torch.randn(3, 8), torch.randn(2, C, 3, 4)
+    assert torch.equal(DiTBlock(C, 2, 8)(x, condition), x)
+    assert torch.equal(UNetAttentionBlock(C, num_heads=2)(image), image)
+    for y, stream in zip(MMDiTBlock(C, 2, 8, qk_norm="rms")(x, context, condition), (x, context), strict=True):
+        assert torch.equal(y, stream)
+    pixart = PixArtBlock(C, 2)
+    time = -pixart.scale_shift_table.detach().expand(3, 6, C)  # gates of zero
+    assert torch.equal(pixart(x, time, context), x)
+
+
+def test_edm2_preserves_magnitude():
+    block, x = EDM2AttentionBlock(64, num_heads=2), torch.randn(4, 64, 6, 6)
+    assert block.qkv(x.flatten(2).transpose(1, 2)).square().mean().item() == pytest.approx(1, abs=0.05)
+    alone = EDM2AttentionBlock(64, num_heads=2, balance=0.0)
+    torch.testing.assert_close(alone(x), x)
+    assert EDM2AttentionBlock(64, clip=0.5)(x).abs().max() <= 0.5
+
+
+def test_forced_weight_normalisation_changes_no_output():
+    layer, x = MagnitudePreservingLinear(32, 8), torch.randn(5, 32)
+    layer.weight.data.mul_(7)
+    before = layer(x)
+    layer.normalise()
+    torch.testing.assert_close(layer(x), before, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(layer.weight.square().mean(1), torch.ones(8), rtol=1e-3, atol=0)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    assert (gradient * layer.weight).sum(1).abs().max() < 1e-3 * gradient.norm()
 
 
 @pytest.mark.parametrize("out_channels", [8, 16])
 def test_unet_res_block_is_a_conditioned_residual(out_channels):
-    block = randomised(UNetResBlock(8, out_channels, 6, num_groups=4))
+    block = UNetResBlock(8, out_channels, 6, num_groups=4).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     x, condition = torch.randn(2, 8, 4, 4, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     scale, shift = block.modulation(F.silu(condition))[:, :, None, None].chunk(2, dim=1)
     h = block.conv1(F.silu(F.group_norm(x, 4, block.norm1_weight, block.norm1_bias)))
@@ -79,48 +166,51 @@ def test_unet_res_block_is_a_conditioned_residual(out_channels):
 
 
 @pytest.mark.parametrize(
-    ("block", "inputs"),
+    ("make", "error", "message"),
     [
-        (DiTBlock(16, 2, 8, qk_norm="rms"), (torch.randn(2, 5, 16), torch.randn(2, 8))),
-        (UNetAttentionBlock(16, num_heads=2), (torch.randn(2, 16, 3, 3),)),
-        (UNetResBlock(8, 16, 6), (torch.randn(2, 8, 4, 4), torch.randn(2, 6))),
+        (lambda: DiTBlock(10, 3, 4), ValueError, "dim must be divisible by num_heads, got dim=10 and num_heads=3"),
+        (lambda: DiTBlock(8, 2, 4, qk_norm="batch"), ValueError, "qk_norm must be"),
+        (lambda: DiTBlock(8, 2, 4, mlp_ratio=0.1), ValueError, "mlp_ratio must leave at least one hidden channel"),
+        (lambda: DiTBlock(8, 0, 4), ValueError, "num_heads must be at least 1, got 0"),
+        (lambda: DiTBlock(8, 2, 4, policy="maybe"), ValueError, "policy must be one of 'auto', 'always', 'never', got 'maybe'"),
+        (lambda: PixArtBlock(10, 3), ValueError, "dim must be divisible by num_heads"),
+        (lambda: PixArtBlock(8, 2, context_dim=0), ValueError, "context_dim must be at least 1, got 0"),
+        (lambda: PixArtBlock(8, 2, qk_norm="pixel"), ValueError, "qk_norm must be"),
+        (lambda: MMDiTBlock(8, 2, 4, qk_norm="layer"), ValueError, "qk_norm must be"),
+        (lambda: MMDiTBlock(8, 2, 0), ValueError, "condition_dim must be at least 1, got 0"),
+        (lambda: UNetAttentionBlock(16, num_heads=3), ValueError, "channels must be divisible by num_heads"),
+        (lambda: UNetAttentionBlock(16, num_groups=5), ValueError, "channels must be divisible by num_groups"),
+        (lambda: UNetAttentionBlock(16, qk_norm="layer"), ValueError, "qk_norm must be"),
+        (lambda: UNetAttentionBlock(16, eps=0), ValueError, "eps must be positive"),
+        (lambda: UNetAttentionBlock(16, skip_scale="half"), TypeError, "skip_scale must be a number, got str"),
+        (lambda: EDM2AttentionBlock(16, balance=1.5), ValueError, "balance must be finite and >= 0 and <= 1"),
+        (lambda: EDM2AttentionBlock(16, clip=-1), ValueError, "clip must be positive"),
+        (lambda: EDM2AttentionBlock(16, num_heads=3), ValueError, "channels must be divisible by num_heads"),
+        (lambda: UNetResBlock(8, 12, 4), ValueError, "out_channels must be divisible by num_groups, got out_channels=12 and num_groups=8"),
     ],
-    ids=["dit", "attention", "res"],
 )
-def test_blocks_keep_the_streams_dtype_under_autocast(block, inputs):
-    block = randomised(block, torch.float32)
-    expected = block(*inputs)
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", torch.bfloat16):
-            found = block(inputs[0].to(dtype), *inputs[1:])
-        assert found.isfinite().all()
-        assert dtype == torch.bfloat16 or isinstance(block, UNetResBlock) or found.dtype == torch.float32
-        assert (found.float() - expected).norm() < 0.1 * expected.norm()
-
-
-def test_dit_block_compiles():
-    block = randomised(DiTBlock(16, 2, 8, qk_norm="rms"), torch.float32)
-    x, condition = torch.randn(2, 5, 16), torch.randn(2, 8)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, condition, axial_rope(1, 5, 8)), block(x, condition, axial_rope(1, 5, 8)))
-    found = torch.autograd.grad(compiled(x, condition).square().sum(), list(block.parameters()))
-    expected = torch.autograd.grad(block(x, condition).square().sum(), list(block.parameters()))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+def test_bad_sizes(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("name", "change", "error", "message"),
     [
-        (lambda: DiTBlock(10, 3, 4), "dim must be divisible by num_heads, got dim=10 and num_heads=3"),
-        (lambda: DiTBlock(8, 2, 4, qk_norm="batch"), "qk_norm must be"),
-        (lambda: DiTBlock(8, 2, 4, mlp_ratio=0.1), "mlp_ratio must leave at least one hidden channel"),
-        (lambda: DiTBlock(8, 0, 4), "num_heads must be at least 1, got 0"),
-        (lambda: UNetAttentionBlock(16, num_heads=3), "channels must be divisible by num_heads"),
-        (lambda: UNetAttentionBlock(16, num_groups=5), "channels must be divisible by num_groups"),
-        (lambda: UNetAttentionBlock(16, qk_norm="layer"), "qk_norm must be"),
-        (lambda: UNetResBlock(8, 12, 4), "out_channels must be divisible by num_groups, got out_channels=12 and num_groups=8"),
+        ("dit", lambda x, c: (x[0], c), ValueError, r"x must have shape \[B, N, 16\], got \(6, 16\)"),
+        ("dit", lambda x, c: (x, c[:2]), ValueError, r"condition must have shape \[3, 12\], got \(2, 12\)"),
+        ("pixart", lambda x, t, y, n: (x[..., :8], t, y, n), ValueError, r"x must have shape \[B, N, 16\]"),
+        ("pixart", lambda x, t, y, n: (x, t[:, :5], y, n), ValueError, r"time must have shape \[3, 6, 16\] or \[3, 96\], got \(3, 5, 16\)"),
+        ("pixart", lambda x, t, y, n: (x, t, y[:2], n), ValueError, r"context must have shape \[3, N, 16\], got \(2, 5, 16\)"),
+        ("pixart", lambda x, t, y, n: (x, t, y, n[:2]), ValueError, r"key_lengths must have shape \(3,\)"),
+        ("pixart", lambda x, t, y, n: (x, t, y, n.double()), TypeError, "key_lengths must be int32 or int64"),
+        ("unet", lambda x: (x[0],), ValueError, r"x must have shape \[B, 16, H, W\], got \(16, 2, 3\)"),
+        ("edm2", lambda x: (x[:, :8],), ValueError, r"x must have shape \[B, 16, H, W\], got \(3, 8, 2, 3\)"),
+        ("mmdit", lambda x, y, c: (x[:, :, :8], y, c), ValueError, r"x must have shape \[B, N, 16\]"),
+        ("mmdit", lambda x, y, c: (x, y[:1], c), ValueError, r"context must have shape \[3, N, 16\], got \(1, 5, 16\)"),
+        ("mmdit", lambda x, y, c: (x, y, c[:, :4]), ValueError, r"condition must have shape \[3, 12\], got \(3, 4\)"),
     ],
 )
-def test_bad_sizes(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_bad_input(name, change, error, message):
+    with pytest.raises(error, match=message):
+        CASES[name].make()(*change(*CASES[name].inputs()))

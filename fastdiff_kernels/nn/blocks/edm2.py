@@ -90,7 +90,7 @@ class EDM2AttentionBlock(nn.Module):
         q, k, v = apply(self.policy, "qkv_pixel_norm", q, k, v, eps=self.eps)
         attended = apply(self.policy, "attention", q, k, v).flatten(2)  # [B, N, C]
         norm = math.hypot(1 - self.balance, self.balance)
-        # The weight takes the branch's share of the sum, so that one pass over the activations is left.
-        branch = self.out(attended, gain=self.balance / norm).transpose(1, 2).reshape(x.shape)
-        y = torch.add(branch, x, alpha=(1 - self.balance) / norm)
-        return (y if self.clip is None else y.clamp(-self.clip, self.clip)).to(x.dtype)
+        # The weight takes the branch's share of the sum, which spares a pass over the branch.
+        branch = self.out(attended, gain=self.balance / norm).transpose(1, 2).reshape(x.shape).to(x.dtype)
+        y = x * ((1 - self.balance) / norm) + branch
+        return y if self.clip is None else y.clamp(-self.clip, self.clip)

@@ -84,12 +84,15 @@ class MMDiTBlock(nn.Module):
         context_mods = beside(self.context_modulation(condition), context).chunk(2 if self.context_pre_only else 6, dim=1)
         image = self._project(x, mods, self.qkv, self.q_weight, self.k_weight)
         text = self._project(context, context_mods, self.context_qkv, self.context_q_weight, self.context_k_weight)
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(image, text, strict=True))  # [B, N + M, heads, D] each
-        attended = apply(self.policy, "attention", q, k, v).flatten(2).split([x.shape[1], context.shape[1]], dim=1)
-        x = self._finish(x, self.attention_out(attended[0]), mods, self.mlp)
+        # Where the text ends here, nobody reads what its queries find.
+        q = image[0] if self.context_pre_only else torch.cat([image[0], text[0]], dim=1)  # [B, N (+ M), heads, D]
+        k, v = (torch.cat(pair, dim=1) for pair in zip(image[1:], text[1:], strict=True))  # [B, N + M, heads, D] each
+        attended = apply(self.policy, "attention", q, k, v).flatten(2)  # [B, N (+ M), C]
+        tokens = x.shape[1]
+        x = self._finish(x, self.attention_out(attended[:, :tokens]), mods, self.mlp)
         if self.context_attention_out is None or self.context_mlp is None:
             return x, None
-        return x, self._finish(context, self.context_attention_out(attended[1]), context_mods, self.context_mlp)
+        return x, self._finish(context, self.context_attention_out(attended[:, tokens:]), context_mods, self.context_mlp)
 
     def _project(
         self, x: Tensor, mods: tuple[Tensor, ...], qkv: nn.Linear, q_weight: Tensor | None, k_weight: Tensor | None

@@ -77,18 +77,16 @@ class PixArtBlock(nn.Module):
         """
         sequence("x", x, self.qkv.in_features)
         sequence("context", context, self.cross_kv.in_features, x.shape[0])
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(time, x)
-        h = apply(self.policy, "layer_norm_modulate", x, shift_a, scale_a)
-        x = apply(self.policy, "gate_residual", x, self._attend(h).to(x.dtype), gate_a)
-        branch = self._attend_context(x, context, key_lengths).to(x.dtype)
-        x, h = apply(self.policy, "gate_residual_norm_modulate", x, branch, x.new_ones(x.shape[2]), shift_m, scale_m)
-        return apply(self.policy, "gate_residual", x, self.mlp(h).to(x.dtype), gate_m)
-
-    def _modulation(self, time: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        batch, dim = x.shape[0], x.shape[2]
+        batch, _, dim = x.shape
         if time.shape not in ((batch, 6, dim), (batch, 6 * dim)):
             raise ValueError(f"time must have shape [{batch}, 6, {dim}] or [{batch}, {6 * dim}], got {tuple(time.shape)}")
-        return beside(self.scale_shift_table + time.reshape(batch, 6, dim), x).unbind(1)  # [B, C] each
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = beside(time.reshape(batch, 6, dim), x).unbind(1)  # [B, C] each
+        table = beside(self.scale_shift_table, x)  # [6, C]
+        h = apply(self.policy, "layer_norm_modulate", x, shift_a, scale_a, table=table[:2])
+        x = apply(self.policy, "gate_residual", x, self._attend(h).to(x.dtype), gate_a, table=table[2:3])
+        branch = self._attend_context(x, context, key_lengths).to(x.dtype)
+        x, h = apply(self.policy, "gate_residual_norm_modulate", x, branch, None, shift_m, scale_m, table=table[3:5])
+        return apply(self.policy, "gate_residual", x, self.mlp(h).to(x.dtype), gate_m, table=table[5:])
 
     def _attend(self, h: Tensor) -> Tensor:
         q, k, v = split_heads(self.qkv(h), 3, self.num_heads)  # [B, N, heads, D] each
