@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ RIVAL_PACKAGES = ("liger_kernel", "apex", "flashinfer", "xformers", "flash_attn"
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastdiff")
-    group.addoption("--save-rows", action="store_true", help="append the rows to benchmarks/results/")
+    usual = RESULTS / "rows.csv"
+    group.addoption(
+        "--save-rows", nargs="?", const=str(usual), metavar="FILE", help="append the rows to this file (benchmarks/results/rows.csv)"
+    )
     group.addoption("--quick", action="store_true", help="half a second a case instead of two")
     group.addoption("--network", action="append", default=[], help="only workloads of this network, for instance DiT-XL/2")
     group.addoption("--dtype", action="append", default=[], choices=DTYPES, help=f"default: {USUAL[DEVICE][0]} on this machine")
@@ -98,7 +102,6 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(f"not installed here, so not compared with: {', '.join(absent) or 'nothing'}")
     if DEVICE == "cpu":
         terminalreporter.write_line("not measured: anything on a GPU")
-    if config.getoption("--save-rows"):
-        path = RESULTS / "rows.csv"
-        session.save(path)
+    if path := config.getoption("--save-rows"):
+        session.save(Path(path))
         terminalreporter.write_line(f"appended to {path}")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.gpu_session import Piece, pieces, run
 from benchmarks.harness import FIELDS, Session, WrongResult
 from benchmarks.memory import peak_bytes
 from benchmarks.timing import Times
 from benchmarks.workloads import Case, Workload
 
-BENCHES = sorted(path.stem for path in (Path(__file__).parents[1] / "benchmarks").glob("bench_*.py"))
+ROOT = Path(__file__).parents[1]
+BENCHES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
 
 
 def product(x, y):
@@ -97,10 +100,10 @@ def test_peak_memory_counts_what_is_held_at_once():
         3 * x.nbytes: (lambda: (x + 1) + (x + 2),),
         0: (lambda: x.neg_(),),
     }
-    for size, runs in expected.items():
-        for run in runs:
+    for size, computations in expected.items():
+        for computation in computations:
             # Numbers that become tensors of one element count as well.
-            assert size <= peak_bytes(run, "cpu") < size + 64
+            assert size <= peak_bytes(computation, "cpu") < size + 64
 
 
 def test_quantiles():
@@ -118,6 +121,32 @@ def test_rows_are_appended_with_their_provenance(tmp_path):
     assert tuple(first) == FIELDS
     assert first["op"] == second["op"] == "product"
     assert first["commit"]
+
+
+def test_a_gpu_session_goes_on_where_it_was_cut_off(tmp_path):
+    count = f"import pathlib; p = pathlib.Path({str(tmp_path / 'count')!r}); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
+    marker = tmp_path / "now it is quick"
+    todo = [
+        Piece("first", (sys.executable, "-c", count)),
+        Piece("missing", ("none",), needs="no-such-tool"),
+        Piece("wrong", (sys.executable, "-c", "raise SystemExit(3)")),
+        Piece("slow", (sys.executable, "-c", f"import pathlib, time; pathlib.Path({str(marker)!r}).exists() or time.sleep(600)")),
+        Piece("last", (sys.executable, "-c", "print('done')")),
+    ]
+    cut = run(todo, tmp_path / "out", 8)
+    assert cut == {"first": "passed", "missing": "absent", "wrong": "failed 3", "slow": "left", "last": "left"}
+    marker.touch()
+    whole = run(todo, tmp_path / "out", 600)
+    assert whole == {**cut, "slow": "passed", "last": "passed"}
+    assert (tmp_path / "count").read_text() == "x", "what had passed was not run again"
+    assert (tmp_path / "out" / "last.log").read_text() == "done\n"
+
+
+def test_a_gpu_session_names_files_that_exist(tmp_path):
+    for piece in pieces(tmp_path):
+        for part in piece.command:
+            if part.startswith(("tests", "benchmarks")):
+                assert (ROOT / part).exists(), part
 
 
 @pytest.mark.parametrize("name", BENCHES)
