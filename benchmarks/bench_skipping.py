@@ -1,46 +1,81 @@
-"""Criteria of AdaptiveDiffusion on latents: a batch of Stable Diffusion's, one of 256 x 256 pixels."""
+"""Criteria of AdaptiveDiffusion, and the solver step that ends in one, on latents of Stable Diffusion's size and on 256 x 256 pixels."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
+from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
+from fastdiff_kernels.reference.skipping import D2, REUSE, STATE_WIDTH
 
-SHAPES = ((4, 4, 64, 64), (4, 3, 256, 256))
+SHAPES = {"SD": (2, 4, 64, 64), "SD x 16": (16, 4, 64, 64), "pixels": (4, 3, 256, 256)}
+SIGMA, SIGMA_NEXT, GUIDANCE, THRESHOLD, EARLIER = 2.0, 1.5, 5.0, 0.01, 0.7
 
 
-def third_order_difference(x0, x1, x2, x3):
+def normals(count, shape):
+    return lambda: [torch.randn(shape) for _ in range(count)]
+
+
+def difference(x0, x1, x2, x3):
     return (x3 - 3 * x2 + 3 * x1 - x0).abs().flatten(1).mean(1), (x3 - x2).abs().flatten(1).mean(1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_third_order_difference(compare, shape, dtype):
-    latents = [torch.randn(shape).to(dtype) for _ in range(4)]
-    compiled = torch.compile(third_order_difference, dynamic=False)
-    truth = third_order_difference(*[x.double() for x in latents])
-    variants = {
-        "eager": lambda: third_order_difference(*latents),
-        "compile": lambda: compiled(*latents),
-        "ours": lambda: ops.third_order_difference(*latents),
-    }
-    # Inductor sums less exactly than eager does.
-    compare(f"third_order_difference {shape} {dtype}", "forward", variants, truth, factor=8.0)
+def skip(d0, d1, d2):
+    return (((d0 + d2) / 2 - d1).abs() <= THRESHOLD * d1).to(d0.dtype)
 
 
-def test_third_order_skip(compare):
-    """One decision a step for a batch of 64: the time is that of the call."""
-    d0, d1, d2 = (torch.rand(64) for _ in range(3))
-    threshold = torch.tensor([0.01])
+def ours_skip(d0, d1, d2):
+    return ops.third_order_skip(d0, d1, d2, THRESHOLD).to(d0.dtype)
 
-    def skip(d0, d1, d2):
-        return ((d0 + d2) / 2 - d1).abs() <= threshold * d1
 
-    compiled = torch.compile(skip, dynamic=False)
-    variants = {
-        "eager": lambda: skip(d0, d1, d2),
-        "compile": lambda: compiled(d0, d1, d2),
-        "ours": lambda: ops.third_order_skip(d0, d1, d2, threshold),
-    }
-    compare("third_order_skip (64,)", "forward", variants, (skip(d0, d1, d2).double(),))
+def published_step(x, cond, uncond):
+    """Guidance, an Euler step, the mean change and the test on it, whose outcome the host needs: call by call as published.
+
+    The published pipeline predicts noise, which costs its Euler step one more pass than the denoised samples here.
+    """
+    denoised = uncond + GUIDANCE * (cond - uncond)
+    derivative = (x - denoised) / SIGMA
+    following = x + derivative * (SIGMA_NEXT - SIGMA)
+    change = (following - x).abs().mean()
+    reuse = bool(((change + EARLIER) / 2 - EARLIER).abs() <= THRESHOLD * EARLIER)
+    return following, derivative, change.reshape(1), torch.tensor([float(reuse)])
+
+
+def our_step(x, cond, uncond):
+    state = x.new_full((1, STATE_WIDTH), EARLIER, dtype=torch.float64)
+    rule = {"state": state, "mode": "official", "threshold": THRESHOLD}
+    step = ops.solver_step(x, SIGMA, SIGMA_NEXT, denoised=cond, uncond=uncond, guidance=GUIDANCE, keep_noise=True, **rule)
+    reuse = bool(step.state[0, REUSE])
+    return step.x_next, step.noise, step.state[:, D2], torch.tensor([float(reuse)])
+
+
+def held_step(x, noise):
+    """A reused step: the held prediction's Euler step and the test."""
+    following = x + noise * (SIGMA_NEXT - SIGMA)
+    change = (following - x).abs().mean()
+    reuse = bool(((change + EARLIER) / 2 - EARLIER).abs() <= THRESHOLD * EARLIER)
+    return following, change.reshape(1), torch.tensor([float(reuse)])
+
+
+def our_held_step(x, noise):
+    state = x.new_full((1, STATE_WIDTH), EARLIER, dtype=torch.float64)
+    step = ops.solver_step(x, SIGMA, SIGMA_NEXT, newest=noise, state=state, mode="official", threshold=THRESHOLD)
+    return step.x_next, step.state[:, D2], torch.tensor([float(bool(step.state[0, REUSE]))])
+
+
+# Name: inputs, eager, ours, whether eager can be compiled: not where the host reads the decision.
+OPS = {
+    "third_order_difference": (4, difference, ops.third_order_difference, True),
+    "solver_step": (3, published_step, our_step, False),
+    "solver_step reused": (2, held_step, our_held_step, False),
+}
+
+WORKLOADS = [
+    Workload(name, network, shape, normals(count, shape), eager, ours, factor=8.0, compiled=compiled)
+    for network, shape in SHAPES.items()
+    for name, (count, eager, ours, compiled) in OPS.items()
+] + [Workload("third_order_skip", "decisions", (64,), lambda: [torch.rand(64) for _ in range(3)], skip, ours_skip)]
+
+
+def test_speed(case, measure):
+    measure(case)

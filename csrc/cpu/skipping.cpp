@@ -98,6 +98,10 @@ struct SolverStep {
     const double* own = state == nullptr ? nullptr : state + b * state_stride;
     const A ahead = older != nullptr && own != nullptr ? static_cast<A>(continuation(own, reuse_at)) : A(0);
     const bool line = older != nullptr && own != nullptr && own[kStored] >= 2;
+    const bool plain = used == nullptr && previous == nullptr && (point == nullptr || from < 0) && criterion != Criterion::tensor;
+    if (plain && (from >= 0 || noise == nullptr)) {
+      return {0, fused(b * elements + begin, from * elements + begin, end - begin, from >= 0, ahead, line)};
+    }
     std::array<double, 2> sums{};
     for (int64_t i = begin; i < end; i += kBlock) {
       const int64_t at = b * elements + i, count = end - i < kBlock ? end - i : kBlock;
@@ -109,6 +113,53 @@ struct SolverStep {
   }
 
  private:
+  // Euler's step alone, which most calls are, in one loop: the sum of the last change.
+  double fused(int64_t at, int64_t from, int64_t count, bool computed, A ahead, bool line) const {
+    const A sigma = scalars.sigma;
+    if (computed) {
+      const T* d = denoised + from;
+      const auto with = [&](auto guided_at) {
+        const auto error_at = [=](int64_t, A here, A guided_here) { return here - guided_here; };
+        return noise == nullptr ? euler<false>(at, count, guided_at, error_at) : euler<true>(at, count, guided_at, error_at);
+      };
+      if (uncond == nullptr) return with([=](int64_t i, A) { return load(d[i]); });
+      const T* u = uncond + from;
+      const A guidance = scalars.guidance;
+      return with([=](int64_t i, A) {
+        const A without = load(u[i]);
+        return without + guidance * (load(d[i]) - without);
+      });
+    }
+    const T* kept = newest + at;
+    const auto with = [&](auto noise_at) {
+      return euler<false>(at, count, [=](int64_t i, A here) { return here - sigma * noise_at(i); },
+                          [=](int64_t i, A, A) { return sigma * noise_at(i); });
+    };
+    if (!line) return with([=](int64_t i) { return load(kept[i]); });
+    const T* past = older + at;
+    return with([=](int64_t i) {
+      const A start = load(past[i]);
+      return start + ahead * (load(kept[i]) - start);
+    });
+  }
+
+  template <bool kNoise, class GuidedAt, class ErrorAt>
+  FD_INLINE double euler(int64_t at, int64_t count, GuidedAt guided_at, ErrorAt error_at) const {
+    const T* in = x + at;
+    T *out = next + at, *to_noise = kNoise ? noise + at : nullptr;
+    const StepScalars<A> c = scalars;
+    const auto step = [=](int64_t i) {
+      const A here = load(in[i]), guided_here = guided_at(i, here), error = error_at(i, here, guided_here);
+      if constexpr (kNoise) to_noise[i] = store<T>(error * c.noise_factor);
+      out[i] = store<T>(c.from_x ? here - c.replaced * error : guided_here + c.kept * error);
+      return std::abs(c.scale_change * here - c.scale_next * c.replaced * error);
+    };
+    if (criterion != Criterion::none) return sum<A>(0, count, step);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) step(i);
+    return 0;
+  }
+
   // Short runs that stay in the first cache, so that each stage is a plain loop and memory is still read once.
   std::array<double, 2> block(int64_t at, int64_t computed_at, int64_t count, A ahead, bool line) const {
     A here[kBlock], guided_here[kBlock], error[kBlock], move[kBlock];
@@ -174,10 +225,10 @@ struct SolverStep {
 
   FD_INLINE void write_noise(int64_t at, int64_t count, bool computed, const A* error) const {
     T* out = noise + at;
-    const A divisor = scalars.noise_divisor;
+    const A factor = scalars.noise_factor;
     if (computed) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) out[i] = store<T>(error[i] / divisor);
+      for (int64_t i = 0; i < count; ++i) out[i] = store<T>(error[i] * factor);
     } else {
       memcpy(out, newest + at, count * sizeof(T));
     }
@@ -257,8 +308,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> solver_step(
     const Tensor& x, std::optional<Tensor> denoised, std::optional<Tensor> uncond, std::optional<Tensor> rows, std::optional<Tensor> newest,
     std::optional<Tensor> older, std::optional<Tensor> previous, std::optional<Tensor> point, std::optional<Tensor> before1,
     std::optional<Tensor> before0, std::optional<Tensor> state, double sigma, double sigma_next, double guidance, double at, double reuse_at,
-    double previous_weight, std::vector<double> scales, std::string mode, double threshold, int64_t max_skip, std::vector<bool> keep) {
-  STD_TORCH_CHECK(scales.size() == 4, "fastdiff::solver_step: scales must be 4 numbers");
+    double previous_weight, double scale_next, double scale, double scale1, double scale0, std::string mode, double threshold, int64_t max_skip,
+    bool keep_noise, bool keep_denoised) {
   STD_TORCH_CHECK(denoised || newest, "fastdiff::solver_step: needs denoised or newest");
   const Criterion criterion = criterion_of(mode);
   STD_TORCH_CHECK(state || criterion == Criterion::none, "fastdiff::solver_step: needs a state to decide");
@@ -272,15 +323,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> solver_step(
                   "fastdiff::solver_step: state must be float64 [1, 9] or [B, 9]");
   STD_TORCH_CHECK(!rows || (rows->scalar_type() == ScalarType::Long && rows->numel() == batch),
                   "fastdiff::solver_step: rows must be int64 [B]");
-  Tensor next = empty_as(x), noise = keep[0] ? empty_as(x) : absent(x), used = keep[1] ? empty_as(x) : absent(x);
+  Tensor next = empty_as(x), noise = keep_noise ? empty_as(x) : absent(x), used = keep_denoised ? empty_as(x) : absent(x);
   const int64_t width = kStateWidth, none = 0;
   Tensor after = state ? torch::stable::new_empty(*state, {decisions, width}) : torch::stable::new_empty(x, {none}, ScalarType::Double);
+  const double scales[] = {scale_next, scale, scale1, scale0};
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
     const auto of = [](const std::optional<Tensor>& tensor) { return tensor ? read<T>(*tensor) : nullptr; };
     const Samples samples(x);
-    const SolverStep<T> step{step_scalars<A>(sigma, sigma_next, guidance, previous_weight, point.has_value(), scales.data()),
+    const SolverStep<T> step{step_scalars<A>(sigma, sigma_next, guidance, previous_weight, point.has_value(), scales),
                              samples.elements,
                              criterion,
                              rows ? read<int64_t>(*rows) : nullptr,
@@ -298,13 +350,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> solver_step(
                              decisions == batch ? kStateWidth : 0,
                              reuse_at,
                              write<T>(next),
-                             keep[0] ? write<T>(noise) : nullptr,
-                             keep[1] ? write<T>(used) : nullptr};
+                             keep_noise ? write<T>(noise) : nullptr,
+                             keep_denoised ? write<T>(used) : nullptr};
     std::vector<std::array<double, 2>> sums(batch, std::array<double, 2>{});
     reduce_samples<2>(samples, step, [&](int64_t b, const std::array<double, 2>& of_sample) { sums[b] = of_sample; });
     if (!state) return;
     const bool has_third = criterion == Criterion::tensor && before1 && before0;
-    next_state(step, batch, decisions, sums, keep[0], has_third, at, threshold, max_skip, write<double>(after));
+    next_state(step, batch, decisions, sums, keep_noise, has_third, at, threshold, max_skip, write<double>(after));
   });
   return {next, noise, used, after};
 }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _dispatch  # noqa: F401  (registers the ops)
 from ..reference.skipping import STATE_WIDTH
@@ -159,22 +160,33 @@ def solver_step(
     check_positive(op, "sigma", sigma)
     if not 0 <= sigma_next < math.inf:
         raise ValueError(f"{op}: sigma_next must be finite and at least 0; got {sigma_next}")
+    older1, older0 = (None, None) if before is None else before
     _check_predictions(op, x, denoised, uncond, guidance, rows, newest, older)
-    for name, like in (("previous", previous), ("point", point), *zip(("before[0]", "before[1]"), before or (), strict=False)):
-        if like is not None:
-            check_like(op, name, like, "x", x)
+    _check_alike(op, x, (("previous", previous), ("point", point), ("before[0]", older1), ("before[1]", older0)))
     if point is not None and (previous is not None or denoised is None or sigma_next == 0):
         raise ValueError(f"{op}: point needs denoised and sigma_next > 0, and excludes previous")
     _check_rule(op, x, state, mode, threshold, max_skip, scales)
     if keep_noise and denoised is None:
         raise ValueError(f"{op}: keep_noise needs denoised, which is None; a reused prediction is not a new one")
     at = sigma if at is None else at
-    older1, older0 = before or (None, None)
-    return SolverStep(
-        *_solver_step(
-            *(x, denoised, uncond, rows, newest, older, previous, point, older1, older0, state, sigma, sigma_next, guidance, at),
-            *(at if reuse_at is None else reuse_at, previous_weight, scales, mode, threshold, max_skip, (keep_noise, keep_denoised)),
-        )
+    reuse_at = at if reuse_at is None else reuse_at
+    args = (
+        *(x, denoised, uncond, rows, newest, older, previous, point, older1, older0, state, sigma, sigma_next, guidance, at),
+        *(reuse_at, previous_weight, *scales, mode, threshold, max_skip, keep_noise, keep_denoised),
+    )
+    if _may_differentiate(args[:11]):
+        return SolverStep(*_solver_step(*args))
+    # The key that refuses derivatives costs more than a small step does.
+    with torch._C._AutoDispatchBelowAutograd():
+        return SolverStep(*_solver_step(*args))
+
+
+def _may_differentiate(tensors: Sequence[Tensor | None]) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
@@ -193,9 +205,7 @@ def _check_predictions(
             raise ValueError(f"{op}: needs denoised, or newest to reuse; got neither")
         if uncond is not None or rows is not None:
             raise ValueError(f"{op}: {'rows' if uncond is None else 'uncond'} needs denoised, which is None")
-    elif rows is None:
-        check_like(op, "denoised", denoised, "x", x)
-    else:
+    elif rows is not None:
         _check_rows(op, x, denoised, rows, newest)
     if uncond is not None and denoised is not None:
         check_like(op, "uncond", uncond, "denoised", denoised)
@@ -203,11 +213,17 @@ def _check_predictions(
         raise ValueError(f"{op}: guidance needs uncond, which is None; got guidance = {guidance}")
     if not math.isfinite(guidance):
         raise ValueError(f"{op}: guidance must be finite; got {guidance}")
-    for name, prediction in (("newest", newest), ("older", older)):
-        if prediction is not None:
-            check_like(op, name, prediction, "x", x)
+    _check_alike(op, x, (("denoised", denoised if rows is None else None), ("newest", newest), ("older", older)))
     if older is not None and newest is None:
         raise ValueError(f"{op}: older needs newest, which is None")
+
+
+def _check_alike(op: str, x: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
+    shape, dtype, device = x.shape, x.dtype, x.device
+    for name, like in others:
+        if like is None or (isinstance(like, Tensor) and like.dtype is dtype and like.shape == shape and like.device == device):
+            continue
+        check_like(op, name, like, "x", x)
 
 
 def _check_rows(op: str, x: Tensor, denoised: Tensor, rows: Tensor, newest: Tensor | None) -> None:

@@ -51,11 +51,15 @@ def solver_step(
     at: float,
     reuse_at: float,
     previous_weight: float,
-    scales: Sequence[float],
+    scale_next: float,
+    scale: float,
+    scale1: float,
+    scale0: float,
     mode: str,
     threshold: float,
     max_skip: int,
-    keep: Sequence[bool],
+    keep_noise: bool,
+    keep_denoised: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x_next, noise, D, state): one step of a solver from a computed or a reused prediction, and the decision about the next one.
 
@@ -78,12 +82,12 @@ def solver_step(
         second = 0.5 * (point.to(dtype) - wide) + (0.5 * (sigma_next - sigma) / sigma_next) * error
         following, move = torch.where(chosen, wide + second, following), torch.where(chosen, second, move)
     noise = x.new_empty(0)
-    if keep[0]:
+    if keep_noise:
         noise = error / (sigma if point is None else sigma_next)
         noise = (noise if newest is None else torch.where(chosen, noise, newest.to(dtype))).to(x.dtype)
-    used = guided.to(x.dtype) if keep[1] else x.new_empty(0)
-    means = _means(wide, move, before1, before0, scales, mode)
-    return following.to(x.dtype), noise, used, _next_state(x, state, computed, means, at, mode, threshold, max_skip, keep[0])
+    used = guided.to(x.dtype) if keep_denoised else x.new_empty(0)
+    means = _means(wide, move, before1, before0, (scale_next, scale, scale1, scale0), mode)
+    return following.to(x.dtype), noise, used, _next_state(x, state, computed, means, at, mode, threshold, max_skip, keep_noise)
 
 
 def _computed(x: Tensor, denoised: Tensor | None, rows: Tensor | None) -> Tensor:

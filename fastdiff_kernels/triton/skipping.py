@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -223,8 +221,8 @@ def _decide_kernel(
 def solver_step(
     x: Tensor, denoised: Tensor | None, uncond: Tensor | None, rows: Tensor | None, newest: Tensor | None, older: Tensor | None,
     previous: Tensor | None, point: Tensor | None, before1: Tensor | None, before0: Tensor | None, state: Tensor | None,
-    sigma: float, sigma_next: float, guidance: float, at: float, reuse_at: float, previous_weight: float, scales: Sequence[float],
-    mode: str, threshold: float, max_skip: int, keep: Sequence[bool],
+    sigma: float, sigma_next: float, guidance: float, at: float, reuse_at: float, previous_weight: float, scale_next: float,
+    scale: float, scale1: float, scale0: float, mode: str, threshold: float, max_skip: int, keep_noise: bool, keep_denoised: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See fastdiff_kernels.ops.solver_step. One launch for the step, one for the decision."""
     batch = x.shape[0]
@@ -233,7 +231,7 @@ def solver_step(
     decides = mode != "none"
     per_sample = state is not None and state.shape[0] == batch
     following = x.new_empty(x.shape)
-    noise, used = (x.new_empty(x.shape) if wanted else None for wanted in keep)
+    noise, used = (x.new_empty(x.shape) if wanted else None for wanted in (keep_noise, keep_denoised))
     third, last = (x.new_empty(batch * chunks if decides else 0, dtype=torch.float64) for _ in range(2))
     after = x.new_empty(0 if state is None else state.shape, dtype=torch.float64)
     # A line needs the times of its two points, and a step that computes every sample nothing of what is remembered.
@@ -247,7 +245,7 @@ def solver_step(
     second = 0.0 if point is None else 0.5 * (sigma_next - sigma) / sigma_next
     divisor = sigma if point is None else sigma_next
     scalars = (sigma, guidance, (sigma - sigma_next) / sigma, kept, previous_weight, second, divisor, reuse_at)
-    numbers = (float(s) for s in (*scalars, scales[0], scales[0] - scales[1], *scales[1:]))
+    numbers = (float(s) for s in (*scalars, scale_next, scale_next - scale, scale, scale1, scale0))
     sizes = (elements, chunks, STATE_WIDTH if per_sample else 0)
     launch(
         _step_kernel, batch * chunks, *dense, following, noise, used, third, last, *sizes, *numbers,
@@ -257,6 +255,6 @@ def solver_step(
         pooled = 1 if per_sample else batch
         launch(
             _decide_kernel, state.shape[0], third, last, dense[3], dense[-1], after, pooled * chunks, pooled * elements, float(at),
-            float(threshold), max_skip, NOTES=keep[0], MODE=mode, HAS_THIRD=mode == "tensor" and before0 is not None, WIDTH=256,
+            float(threshold), max_skip, NOTES=keep_noise, MODE=mode, HAS_THIRD=mode == "tensor" and before0 is not None, WIDTH=256,
         )  # fmt: skip
     return following, x.new_empty(0) if noise is None else noise, x.new_empty(0) if used is None else used, after

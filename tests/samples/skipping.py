@@ -34,12 +34,12 @@ def _solver_step(dtype: torch.dtype, device: str) -> list[tuple]:
     ones, vp = [1.0] * 4, [0.7, 0.6, 0.5, 0.4]
     none = (None,) * 10
     return [
-        (x, denoised, uncond, *none[:7], state, 1.5, 1.0, 2.0, 1.5, 1.5, 0.0, ones, "official", 0.1, 4, [True, True]),
-        (x, denoised[:2], uncond[:2], rows, newest, older, None, point, one, zero, state, 1.5, 0.2, 2.0, 1.5, 1.2, 0.0, vp, "tensor",
-         4.0, 4, [True, True]),
-        (x, None, None, None, newest, older, denoised, None, one, zero, state[:1], 1.5, 1.0, 1.0, 1.5, 1.2, 0.4, ones, "tensor",
-         0.1, 4, [False, True]),
-        (x, denoised, *none[:8], None, 1.5, 0.0, 1.0, 1.5, 1.5, 0.0, ones, "none", 0.0, 1, [False, False]),
+        (x, denoised, uncond, *none[:7], state, 1.5, 1.0, 2.0, 1.5, 1.5, 0.0, *ones, "official", 0.1, 4, True, True),
+        (x, denoised[:2], uncond[:2], rows, newest, older, None, point, one, zero, state, 1.5, 0.2, 2.0, 1.5, 1.2, 0.0, *vp, "tensor",
+         4.0, 4, True, True),
+        (x, None, None, None, newest, older, denoised, None, one, zero, state[:1], 1.5, 1.0, 1.0, 1.5, 1.2, 0.4, *ones, "tensor",
+         0.1, 4, False, True),
+        (x, denoised, *none[:8], None, 1.5, 0.0, 1.0, 1.5, 1.5, 0.0, *ones, "none", 0.0, 1, False, False),
     ]  # fmt: skip
 
 

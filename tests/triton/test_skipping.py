@@ -97,7 +97,7 @@ def test_trajectory_decides_as_the_definition(mode, decisions, device):
         before = (latents[k - 1], latents[k - 2]) if k >= 2 else (None, None)
         call = (latents[k], latents[k + 1], *(None,) * 6, *before)
         for module, state in states.items():
-            numbers = (1.0, 0.0, 1.0, 1.0, 1.0, 0.0, [1.0] * 4, mode, 0.25, 3, [True, False])
+            numbers = (1.0, 0.0, 1.0, 1.0, 1.0, 0.0, *[1.0] * 4, mode, 0.25, 3, True, False)
             states[module] = module.solver_step(*call, state, *numbers)[3]
         assert_bitwise(states[skipping], states[definition])
         reuses += int(states[skipping][:, 2].sum())
@@ -112,7 +112,7 @@ def test_step_does_not_depend_on_the_batch(device):
     def step(b):
         none = (None,) * 6
         return skipping.solver_step(
-            x[b], denoised[b], *none, one[b], zero[b], state[b], 2.0, 1.0, 1.0, 1.0, 1.0, 0.0, [1.0] * 4, "tensor", 0.1, 4, [True, False]
+            x[b], denoised[b], *none, one[b], zero[b], state[b], 2.0, 1.0, 1.0, 1.0, 1.0, 0.0, *[1.0] * 4, "tensor", 0.1, 4, True, False
         )
 
     whole = step(slice(0, 3))
@@ -123,7 +123,7 @@ def test_step_does_not_depend_on_the_batch(device):
 def test_step_of_nothing(device):
     x, state = torch.zeros(0, 5, device=device), torch.zeros(0, 9, dtype=torch.float64, device=device)
     none = (None,) * 8
-    out = skipping.solver_step(x, x, *none, state, 2.0, 1.0, 1.0, 1.0, 1.0, 0.0, [1.0] * 4, "official", 0.1, 4, [True, False])
+    out = skipping.solver_step(x, x, *none, state, 2.0, 1.0, 1.0, 1.0, 1.0, 0.0, *[1.0] * 4, "official", 0.1, 4, True, False)
     assert [t.shape[0] for t in out] == [0, 0, 0, 0]
 
 

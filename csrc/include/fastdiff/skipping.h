@@ -70,7 +70,7 @@ FD_INLINE void decide(double* state, Criterion criterion, double third, double l
 // The scalars of one step, in the accumulator's type.
 template <class A>
 struct StepScalars {
-  A sigma, guidance, replaced, kept, weight, second, noise_divisor, scale_next, scale_change, scale, scale1, scale0;
+  A sigma, guidance, replaced, kept, weight, second, noise_factor, scale_next, scale_change, scale, scale1, scale0;
   bool from_x;
 };
 
@@ -84,7 +84,7 @@ FD_INLINE StepScalars<A> step_scalars(
           A(kept),
           A(weight),
           A(0.5 * (sigma_next - sigma) / sigma_next),
-          A(has_point ? sigma_next : sigma),
+          A(1 / (has_point ? sigma_next : sigma)),
           A(scales[0]),
           A(scales[0] - scales[1]),
           A(scales[1]),
