@@ -145,7 +145,7 @@ def _attention_flops(q: Tensor, k: Tensor, *_: Any) -> int:
 
 
 def _solver_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    state, keep = args[9], args[-1]
+    state, keep = args[9], args[-2:]
     kept = tuple(x.new_empty(x.shape) if wanted else x.new_empty(0) for wanted in keep)
     return x.new_empty(x.shape), *kept, x.new_empty(0 if state is None else state.shape, dtype=torch.float64)
 
@@ -273,7 +273,8 @@ _TABLE = (
         "solver_step", "skipping",
         "(Tensor x, Tensor? denoised, Tensor? uncond, Tensor? rows, Tensor? newest, Tensor? older, Tensor? previous, Tensor? point,"
         " Tensor? before1, Tensor? before0, Tensor? state, float sigma, float sigma_next, float guidance, float at, float reuse_at,"
-        " float previous_weight, float[] scales, str mode, float threshold, int max_skip, bool[2] keep) -> (Tensor, Tensor, Tensor, Tensor)",
+        " float previous_weight, float scale_next, float scale, float scale1, float scale0, str mode, float threshold, int max_skip,"
+        " bool keep_noise, bool keep_denoised) -> (Tensor, Tensor, Tensor, Tensor)",
         _R.skipping.solver_step, _solver_step, ("cpu", "triton"), flops=_per_element(12),
         refuses=lambda backend, x, *_: "its scalars are float32" if backend == "triton" and x.dtype == torch.float64 else None,
     ),
