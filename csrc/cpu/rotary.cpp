@@ -55,6 +55,7 @@ class Table {
 struct Piece {
   int64_t b, n, tokens, head, heads, width;
   int64_t run() const { return heads * width; }
+  int64_t elements() const { return tokens * run(); }
 };
 
 // x [B, N, H, D] of any strides.
@@ -77,118 +78,236 @@ struct TokensOf {
   int64_t count() const { return batch * rows; }
   int64_t elements() const { return heads * width; }
   bool tokens_inside() const { return row_stride < stride; }
+  const T* at(int64_t b, int64_t n, int64_t head) const { return data + b * batch_stride + n * row_stride + head * head_stride; }
+};
 
-  void load_piece(const Piece& piece, Acc<T>* to) const {
-    const T* from = data + piece.b * batch_stride + piece.n * row_stride + piece.head * head_stride;
-    if (tokens_inside()) {
-      for (int64_t h = 0; h < piece.heads; ++h) load_transposed(from + h * head_stride, piece, to + h * width);
-      return;
+// Element j of the two results is that of a for which j has no bit kStep, and that of b for which it has; the others change places.
+template <class A, int64_t kStep, int64_t... kIndex>
+FD_INLINE void exchange(Lanes<A>& a, Lanes<A>& b, std::integer_sequence<int64_t, kIndex...>) {
+  constexpr int64_t width = kLanes<A>;
+#if defined(__clang__)
+  const Lanes<A> low = __builtin_shufflevector(a, b, (kIndex & kStep ? width + kIndex - kStep : kIndex)...);
+  b = __builtin_shufflevector(a, b, (kIndex & kStep ? width + kIndex : kIndex + kStep)...);
+#else
+  typedef typename Vector<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>, width>::type Index;
+  const Lanes<A> low = __builtin_shuffle(a, b, Index{(kIndex & kStep ? width + kIndex - kStep : kIndex)...});
+  b = __builtin_shuffle(a, b, Index{(kIndex & kStep ? width + kIndex : kIndex + kStep)...});
+#endif
+  a = low;
+}
+
+template <class A, int64_t kStep = kLanes<A> / 2>
+FD_INLINE void transpose(Lanes<A> (&rows)[kLanes<A>]) {
+  for (int64_t i = 0; i < kLanes<A>; ++i) {
+    if (!(i & kStep)) exchange<A, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int64_t, kLanes<A>>());
+  }
+  if constexpr (kStep > 1) transpose<A, kStep / 2>(rows);
+}
+
+// A piece's heads as contiguous numbers, which stay where they are if they are such.
+template <class T>
+class Heads {
+ public:
+  using A = Acc<T>;
+  Heads(const TokensOf<T>& x, bool over_heads)
+      : x_(x), in_place_(std::is_same_v<T, A> && x.stride == 1 && (!over_heads || x.head_stride == x.width)) {}
+
+  void take(const Piece& piece, A* room) {
+    piece_ = piece;
+    room_ = room;
+    if (in_place_) return;
+    for (int64_t h = 0; h < piece.heads; ++h) {
+      const T* head = x_.at(piece.b, piece.n, piece.head + h);
+      if (x_.row_stride == 1) {
+        load_transposed(head, room + h * x_.width);
+      } else {
+        for (int64_t t = 0; t < piece.tokens; ++t) load_head(head + t * x_.row_stride, room + t * piece.run() + h * x_.width);
+      }
     }
-    for (int64_t t = 0; t < piece.tokens; ++t) {
-      for (int64_t h = 0; h < piece.heads; ++h) load_head(from + t * row_stride + h * head_stride, to + t * piece.run() + h * width);
+  }
+
+  const A* at(int64_t t, int64_t h) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (in_place_) return x_.at(piece_.b, piece_.n + t, piece_.head + h);
+    }
+    return room_ + t * piece_.run() + h * x_.width;
+  }
+
+ private:
+  void load_head(const T* head, A* to) const {
+    if (x_.stride == 1) {
+#pragma omp simd
+      for (int64_t d = 0; d < x_.width; ++d) to[d] = load(head[d]);
+    } else {
+      for (int64_t d = 0; d < x_.width; ++d) to[d] = load(head[d * x_.stride]);
+    }
+  }
+
+  void load_transposed(const T* head, A* to) const {
+    constexpr int64_t square = kLanes<A>;
+    const int64_t run = piece_.run(), tokens = piece_.tokens / square * square, width = x_.width / square * square;
+    for (int64_t t = 0; t < tokens; t += square) {
+      for (int64_t d = 0; d < width; d += square) {
+        Lanes<A> rows[square];
+        for (int64_t i = 0; i < square; ++i) {
+          A line[square];
+#pragma omp simd
+          for (int64_t j = 0; j < square; ++j) line[j] = load(head[(d + i) * x_.stride + t + j]);
+          load_lanes(line, rows[i]);
+        }
+        transpose<A>(rows);
+        for (int64_t i = 0; i < square; ++i) store_lanes(rows[i], to + (t + i) * run + d);
+      }
+    }
+    for (int64_t t = 0; t < piece_.tokens; ++t) {
+      for (int64_t d = t < tokens ? width : 0; d < x_.width; ++d) to[t * run + d] = load(head[d * x_.stride + t]);
+    }
+  }
+
+  const TokensOf<T>& x_;
+  bool in_place_;
+  Piece piece_{};
+  const A* room_ = nullptr;
+};
+
+// A piece of a contiguous [B, N, H, D]: written there, or in the room and then narrowed.
+template <class T>
+class HeadsOut {
+ public:
+  using A = Acc<T>;
+  HeadsOut(T* data, const TokensOf<T>& like) : data_(data), rows_(like.rows), heads_(like.heads) {}
+
+  void begin(const Piece& piece, A* room) {
+    piece_ = piece;
+    room_ = room;
+  }
+
+  A* at(int64_t t, int64_t h) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (data_) return address(t) + h * piece_.width;
+    }
+    return room_ + t * piece_.run() + h * piece_.width;
+  }
+
+  void end() const {
+    if (std::is_same_v<T, A> || !data_) return;
+    for (int64_t t = 0; t < piece_.tokens; ++t) {
+      T* to = address(t);
+      const A* from = room_ + t * piece_.run();
+#pragma omp simd
+      for (int64_t i = 0; i < piece_.run(); ++i) to[i] = store<T>(from[i]);
     }
   }
 
  private:
-  void load_head(const T* head, Acc<T>* to) const {
-    if (stride == 1) {
-#pragma omp simd
-      for (int64_t d = 0; d < width; ++d) to[d] = load(head[d]);
-    } else {
-      for (int64_t d = 0; d < width; ++d) to[d] = load(head[d * stride]);
-    }
-  }
+  T* address(int64_t t) const { return data_ + ((piece_.b * rows_ + piece_.n + t) * heads_ + piece_.head) * piece_.width; }
 
-  // A head of all tokens of a piece, channel by channel.
-  void load_transposed(const T* head, const Piece& piece, Acc<T>* to) const {
-    for (int64_t d = 0; d < width; ++d) {
-      for (int64_t t = 0; t < piece.tokens; ++t) to[t * piece.run() + d] = load(head[d * stride + t * row_stride]);
-    }
-  }
+  T* data_;
+  int64_t rows_, heads_;
+  Piece piece_{};
+  A* room_ = nullptr;
 };
 
-// Turns every pair of every head by its angle, or back.
+// Turns every pair of a head by its angle; from and to may be the same.
 template <class A>
-void rotate_token(A* x, int64_t heads, int64_t width, const A* cosines, const A* sines, bool half, bool back) {
+void rotate_head(const A* from, A* to, int64_t width, const A* cosines, const A* sines, A sign, bool half) {
   const int64_t pairs = width / 2;
-  const A sign = back ? A(-1) : A(1);
-  for (int64_t h = 0; h < heads; ++h) {
-    A* head = x + h * width;
-    if (half) {
+  if (half) {
 #pragma omp simd
-      for (int64_t i = 0; i < pairs; ++i) rotate(cosines[i], sign * sines[i], head[i], head[pairs + i]);
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < pairs; ++i) rotate(cosines[i], sign * sines[i], head[2 * i], head[2 * i + 1]);
+    for (int64_t i = 0; i < pairs; ++i) {
+      A a = from[i], b = from[pairs + i];
+      rotate(cosines[i], sign * sines[i], a, b);
+      to[i] = a;
+      to[pairs + i] = b;
     }
-  }
-}
-
-// A run is what one norm is over: a head, or all heads of a token. x becomes centred where the norm centres it.
-template <class A>
-struct Run {
-  A mean_square, factor;
-};
-
-template <class A>
-FD_INLINE Run<A> measure(A* x, int64_t size, const Norm& norm) {
-  if (norm.centred) {
-    const A mean = sum_in_lanes(x, size, [](const auto& v) { return v; }) / A(size);
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) x[i] -= mean;
-  }
-  const A mean_square = sum_in_lanes(x, size, [](const auto& v) { return v * v; }) / A(size);
-  return {mean_square, norm_factor(mean_square, static_cast<A>(norm.eps), norm.pixel)};
-}
-
-template <class A>
-void normalise(A* x, int64_t size, const A* weight, const Norm& norm) {
-  const A factor = measure(x, size, norm).factor;
-  if (weight) {
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) x[i] *= factor * weight[i];
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) x[i] *= factor;
+    for (int64_t i = 0; i < pairs; ++i) {
+      A a = from[2 * i], b = from[2 * i + 1];
+      rotate(cosines[i], sign * sines[i], a, b);
+      to[2 * i] = a;
+      to[2 * i + 1] = b;
+    }
   }
 }
 
-// Turns grad, that of a run's normalised and weighted values, into that of x; adds to the weight's gradient.
+// The sum of term(i) over size numbers, in runs short enough for a lane's sum to be exact to a few roundings.
+template <class A, class F>
+FD_INLINE A sum_of(int64_t size, F&& term) {
+  constexpr int64_t run = 512;
+  A total = 0;
+  for (int64_t first = 0; first < size; first += run) {
+    const int64_t last = std::min(first + run, size);
+    A part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = first; i < last; ++i) part += term(i);
+    total += part;
+  }
+  return total;
+}
+
+// What one norm is over: a head, or all heads of a token.
 template <class A>
-void normalise_backward(A* grad, A* x, int64_t size, const A* weight, const Norm& norm, double* grad_weight) {
+struct Run {
+  A mean, mean_square, factor;
+};
+
+template <class A>
+FD_INLINE Run<A> measure(const A* x, int64_t size, const Norm& norm) {
+  const A mean = norm.centred ? sum_of<A>(size, [=](int64_t i) { return x[i]; }) / A(size) : A(0);
+  const A mean_square = sum_of<A>(size, [=](int64_t i) { return (x[i] - mean) * (x[i] - mean); }) / A(size);
+  return {mean, mean_square, norm_factor(mean_square, static_cast<A>(norm.eps), norm.pixel)};
+}
+
+// x and to may be the same.
+template <class A>
+FD_INLINE void normalise(const A* x, A* to, int64_t size, const A* weight, const Norm& norm) {
   const Run<A> run = measure(x, size, norm);
-  const A factor = run.factor;
+  const A mean = run.mean, factor = run.factor;
+  if (weight) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) to[i] = (x[i] - mean) * (factor * weight[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) to[i] = (x[i] - mean) * factor;
+  }
+}
+
+// Turns grad, that of a run's normalised and weighted values, into that of x, in `to`; adds to the weight's gradient.
+template <class A>
+FD_INLINE void normalise_backward(A* grad, const A* x, A* to, int64_t size, const A* weight, const Norm& norm, double* grad_weight) {
+  const Run<A> run = measure(x, size, norm);
+  const A mean = run.mean, factor = run.factor;
   if (grad_weight) {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) grad_weight[i] += grad[i] * (x[i] * factor);
+    for (int64_t i = 0; i < size; ++i) grad_weight[i] += grad[i] * ((x[i] - mean) * factor);
   }
   if (weight) {
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) grad[i] *= weight[i];
   }
-  A sum, product;
-  sums_and_products(grad, x, size, sum, product);
-  const A mean = norm.centred ? sum / A(size) : A(0);
+  const A constant = norm.centred ? sum_of<A>(size, [=](int64_t i) { return grad[i]; }) / A(size) : A(0);
+  const A product = sum_of<A>(size, [=](int64_t i) { return grad[i] * (x[i] - mean); });
   const A correction = norm_correction(run.mean_square, factor, product / A(size), norm.pixel);
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i) grad[i] = factor * (grad[i] - mean) - x[i] * correction;
+  for (int64_t i = 0; i < size; ++i) to[i] = factor * (grad[i] - constant) - (x[i] - mean) * correction;
 }
 
 // Calls body(chunk, piece, room) for every piece in parallel, chunk of tokens by chunk; room holds so many pieces of numbers. A piece is a
-// token, or where tokens are innermost some of them with as many heads as the norm is over.
+// token or, where tokens are innermost, some of them with as many heads as the norm is over.
 template <class T, class F>
 void for_each_piece(const Tensor& like, const TokensOf<T>& x, const Norm& norm, int64_t pieces, F&& body) {
   using A = Acc<T>;
-  const int64_t elements = x.elements(), heads = x.tokens_inside() && !norm.over_heads ? 1 : x.heads, run = heads * x.width;
-  const int64_t tokens = x.tokens_inside() ? kTransposed : 1, chunks = (x.count() + kTokens - 1) / kTokens;
-  const int64_t grain = std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(1, kTokens * elements));
+  const int64_t heads = x.tokens_inside() && !norm.over_heads ? 1 : x.heads, tokens = x.tokens_inside() ? kTransposed : 1;
+  const int64_t elements = tokens * heads * x.width, chunks = (x.count() + kTokens - 1) / kTokens;
+  const int64_t grain = std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(1, kTokens * x.elements()));
   torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
-    Tensor room = torch::stable::new_empty(like, {pieces * tokens * run}, kDtype<A>);
+    Tensor room = torch::stable::new_empty(like, {pieces * elements}, kDtype<A>);
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t end = std::min((chunk + 1) * kTokens, x.count());
       for (int64_t token = chunk * kTokens, next; token < end; token = next) {
         const int64_t b = token / x.rows, n = token % x.rows;
-        next = std::min({token + tokens, end, (b + 1) * x.rows});
+        next = std::min(std::min(token + tokens, end), (b + 1) * x.rows);
         for (int64_t head = 0; head < x.heads; head += heads) body(chunk, Piece{b, n, next - token, head, heads, x.width}, write<A>(room));
       }
     }
@@ -196,33 +315,29 @@ void for_each_piece(const Tensor& like, const TokensOf<T>& x, const Norm& norm, 
 }
 
 template <class T>
-void store_piece(const Acc<T>* values, const Piece& piece, const TokensOf<T>& x, T* out) {
-  for (int64_t t = 0; t < piece.tokens; ++t) {
-    T* to = out + ((piece.b * x.rows + piece.n + t) * x.heads + piece.head) * x.width;
-#pragma omp simd
-    for (int64_t i = 0; i < piece.run(); ++i) to[i] = store<T>(values[t * piece.run() + i]);
-  }
-}
-
-template <class A>
-void rotate_piece(A* values, const Piece& piece, const Table<A>& cosines, const Table<A>& sines, bool half, bool back) {
-  if (!cosines.data()) return;
-  for (int64_t t = 0; t < piece.tokens; ++t) {
-    const int64_t n = piece.n + t;
-    rotate_token(values + t * piece.run(), piece.heads, piece.width, cosines.row(piece.b, n), sines.row(piece.b, n), half, back);
-  }
-}
-
-template <class T>
-void forward(const Tensor& x_, T* out, const Table<Acc<T>>& weight, const Table<Acc<T>>& cosines, const Table<Acc<T>>& sines, const Norm& norm) {
+void forward(const Tensor& x_, T* out_, const Table<Acc<T>>& weight, const Table<Acc<T>>& cosines, const Table<Acc<T>>& sines, const Norm& norm) {
   using A = Acc<T>;
   const TokensOf<T> x(x_);
-  const int64_t size = norm.over_heads ? x.elements() : x.width;
-  for_each_piece(x_, x, norm, 1, [&](int64_t, const Piece& piece, A* values) {
-    x.load_piece(piece, values);
-    for (int64_t i = 0; norm.any && i < piece.tokens * piece.run(); i += size) normalise(values + i, size, weight.data(), norm);
-    rotate_piece(values, piece, cosines, sines, norm.half, false);
-    store_piece(values, piece, x, out);
+  for_each_piece(x_, x, norm, 1, [&](int64_t, const Piece& piece, A* room) {
+    Heads<T> from(x, norm.over_heads);
+    HeadsOut<T> to(out_, x);
+    from.take(piece, room);
+    to.begin(piece, room);
+    for (int64_t t = 0; t < piece.tokens; ++t) {
+      const A *cosine = cosines.row(piece.b, piece.n + t), *sine = sines.row(piece.b, piece.n + t);
+      if (norm.over_heads) normalise(from.at(t, 0), to.at(t, 0), piece.run(), weight.data(), norm);
+      for (int64_t h = 0; h < piece.heads; ++h) {
+        A* head = to.at(t, h);
+        const A* normal = norm.any ? head : from.at(t, h);
+        if (norm.any && !norm.over_heads) normalise(from.at(t, h), head, x.width, weight.data(), norm);
+        if (cosine) {
+          rotate_head(normal, head, x.width, cosine, sine, A(1), norm.half);
+        } else if (normal != head) {
+          memcpy(head, normal, x.width * sizeof(A));
+        }
+      }
+    }
+    to.end();
   });
 }
 
@@ -237,17 +352,30 @@ void backward(
   Tensor partial = torch::stable::new_empty(x_, {grad_weight ? chunks * size : 0}, ScalarType::Double);
   double* sums = grad_weight ? write<double>(partial) : nullptr;
   if (sums) std::fill(sums, sums + chunks * size, 0.0);
-  for_each_piece(x_, x, norm, 2, [&](int64_t chunk, const Piece& piece, A* grads) {
-    const int64_t elements = piece.tokens * piece.run();
-    A* values = grads + elements;
-    grad.load_piece(piece, grads);
-    rotate_piece(grads, piece, cosines, sines, norm.half, true);
-    if (norm.any) {
-      x.load_piece(piece, values);
-      double* of_chunk = sums ? sums + chunk * size : nullptr;
-      for (int64_t i = 0; i < elements; i += size) normalise_backward(grads + i, values + i, size, weight.data(), norm, of_chunk);
+  for_each_piece(x_, x, norm, 3, [&](int64_t chunk, const Piece& piece, A* room) {
+    A *grads = room + piece.elements(), *values = grads + piece.elements();
+    double* of_chunk = sums ? sums + chunk * size : nullptr;
+    Heads<T> from(x, norm.over_heads), upstream(grad, false);
+    HeadsOut<T> to(grad_x, x);
+    upstream.take(piece, grads);
+    if (norm.any) from.take(piece, values);
+    to.begin(piece, room);
+    for (int64_t t = 0; t < piece.tokens; ++t) {
+      const A *cosine = cosines.row(piece.b, piece.n + t), *sine = sines.row(piece.b, piece.n + t);
+      A* token = grads + t * piece.run();
+      for (int64_t h = 0; h < piece.heads; ++h) {
+        A* head = norm.any ? token + h * x.width : to.at(t, h);
+        const A* given = upstream.at(t, h);
+        if (cosine) {
+          rotate_head(given, head, x.width, cosine, sine, A(-1), norm.half);
+        } else if (given != head) {
+          memcpy(head, given, x.width * sizeof(A));
+        }
+        if (norm.any && !norm.over_heads) normalise_backward(head, from.at(t, h), to.at(t, h), size, weight.data(), norm, of_chunk);
+      }
+      if (norm.over_heads) normalise_backward(token, from.at(t, 0), to.at(t, 0), size, weight.data(), norm, of_chunk);
     }
-    if (grad_x) store_piece(grads, piece, x, grad_x);
+    to.end();
   });
   if (!grad_weight) return;
   *grad_weight = empty_as(*weight_);
