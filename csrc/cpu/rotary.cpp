@@ -2,7 +2,7 @@
 
 #include "fastdiff/variant_begin.h"
 
-#include "cpu/lanes.h"
+#include "cpu/heads.h"
 #include "fastdiff/rotary.h"
 
 namespace fastdiff::FASTDIFF_VARIANT {
@@ -12,8 +12,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Tokens that one partial sum of the weight's gradient covers.
 constexpr int64_t kTokens = 64;
-// Tokens taken at once where they are innermost: a line of float32.
-constexpr int64_t kTransposed = 16;
+// Tokens taken at once where they are innermost: some lines of memory of each channel.
+constexpr int64_t kTransposed = 64;
 
 struct Norm {
   bool any, centred, pixel, over_heads, half;
@@ -49,163 +49,6 @@ class Table {
   OptionalTensor tensor_;
   const A* data_ = nullptr;
   int64_t batch_stride_ = 0, row_stride_ = 0;
-};
-
-// Some heads of some tokens of one sample, as a task takes them at once: [tokens, heads, width].
-struct Piece {
-  int64_t b, n, tokens, head, heads, width;
-  int64_t run() const { return heads * width; }
-  int64_t elements() const { return tokens * run(); }
-};
-
-// x [B, N, H, D] of any strides.
-template <class T>
-struct TokensOf {
-  const T* data;
-  int64_t batch, rows, heads, width, batch_stride, row_stride, head_stride, stride;
-
-  explicit TokensOf(const Tensor& x)
-      : data(read<T>(x)),
-        batch(x.size(0)),
-        rows(x.size(1)),
-        heads(x.size(2)),
-        width(x.size(3)),
-        batch_stride(x.stride(0)),
-        row_stride(x.stride(1)),
-        head_stride(x.stride(2)),
-        stride(x.stride(3)) {}
-
-  int64_t count() const { return batch * rows; }
-  int64_t elements() const { return heads * width; }
-  bool tokens_inside() const { return row_stride < stride; }
-  const T* at(int64_t b, int64_t n, int64_t head) const { return data + b * batch_stride + n * row_stride + head * head_stride; }
-};
-
-// Element j of the two results is that of a for which j has no bit kStep, and that of b for which it has; the others change places.
-template <class A, int64_t kStep, int64_t... kIndex>
-FD_INLINE void exchange(Lanes<A>& a, Lanes<A>& b, std::integer_sequence<int64_t, kIndex...>) {
-  constexpr int64_t width = kLanes<A>;
-#if defined(__clang__)
-  const Lanes<A> low = __builtin_shufflevector(a, b, (kIndex & kStep ? width + kIndex - kStep : kIndex)...);
-  b = __builtin_shufflevector(a, b, (kIndex & kStep ? width + kIndex : kIndex + kStep)...);
-#else
-  typedef typename Vector<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>, width>::type Index;
-  const Lanes<A> low = __builtin_shuffle(a, b, Index{(kIndex & kStep ? width + kIndex - kStep : kIndex)...});
-  b = __builtin_shuffle(a, b, Index{(kIndex & kStep ? width + kIndex : kIndex + kStep)...});
-#endif
-  a = low;
-}
-
-template <class A, int64_t kStep = kLanes<A> / 2>
-FD_INLINE void transpose(Lanes<A> (&rows)[kLanes<A>]) {
-  for (int64_t i = 0; i < kLanes<A>; ++i) {
-    if (!(i & kStep)) exchange<A, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int64_t, kLanes<A>>());
-  }
-  if constexpr (kStep > 1) transpose<A, kStep / 2>(rows);
-}
-
-// A piece's heads as contiguous numbers, which stay where they are if they are such.
-template <class T>
-class Heads {
- public:
-  using A = Acc<T>;
-  Heads(const TokensOf<T>& x, bool over_heads)
-      : x_(x), in_place_(std::is_same_v<T, A> && x.stride == 1 && (!over_heads || x.head_stride == x.width)) {}
-
-  void take(const Piece& piece, A* room) {
-    piece_ = piece;
-    room_ = room;
-    if (in_place_) return;
-    for (int64_t h = 0; h < piece.heads; ++h) {
-      const T* head = x_.at(piece.b, piece.n, piece.head + h);
-      if (x_.row_stride == 1) {
-        load_transposed(head, room + h * x_.width);
-      } else {
-        for (int64_t t = 0; t < piece.tokens; ++t) load_head(head + t * x_.row_stride, room + t * piece.run() + h * x_.width);
-      }
-    }
-  }
-
-  const A* at(int64_t t, int64_t h) const {
-    if constexpr (std::is_same_v<T, A>) {
-      if (in_place_) return x_.at(piece_.b, piece_.n + t, piece_.head + h);
-    }
-    return room_ + t * piece_.run() + h * x_.width;
-  }
-
- private:
-  void load_head(const T* head, A* to) const {
-    if (x_.stride == 1) {
-#pragma omp simd
-      for (int64_t d = 0; d < x_.width; ++d) to[d] = load(head[d]);
-    } else {
-      for (int64_t d = 0; d < x_.width; ++d) to[d] = load(head[d * x_.stride]);
-    }
-  }
-
-  void load_transposed(const T* head, A* to) const {
-    constexpr int64_t square = kLanes<A>;
-    const int64_t run = piece_.run(), tokens = piece_.tokens / square * square, width = x_.width / square * square;
-    for (int64_t t = 0; t < tokens; t += square) {
-      for (int64_t d = 0; d < width; d += square) {
-        Lanes<A> rows[square];
-        for (int64_t i = 0; i < square; ++i) {
-          A line[square];
-#pragma omp simd
-          for (int64_t j = 0; j < square; ++j) line[j] = load(head[(d + i) * x_.stride + t + j]);
-          load_lanes(line, rows[i]);
-        }
-        transpose<A>(rows);
-        for (int64_t i = 0; i < square; ++i) store_lanes(rows[i], to + (t + i) * run + d);
-      }
-    }
-    for (int64_t t = 0; t < piece_.tokens; ++t) {
-      for (int64_t d = t < tokens ? width : 0; d < x_.width; ++d) to[t * run + d] = load(head[d * x_.stride + t]);
-    }
-  }
-
-  const TokensOf<T>& x_;
-  bool in_place_;
-  Piece piece_{};
-  const A* room_ = nullptr;
-};
-
-// A piece of a contiguous [B, N, H, D]: written there, or in the room and then narrowed.
-template <class T>
-class HeadsOut {
- public:
-  using A = Acc<T>;
-  HeadsOut(T* data, const TokensOf<T>& like) : data_(data), rows_(like.rows), heads_(like.heads) {}
-
-  void begin(const Piece& piece, A* room) {
-    piece_ = piece;
-    room_ = room;
-  }
-
-  A* at(int64_t t, int64_t h) const {
-    if constexpr (std::is_same_v<T, A>) {
-      if (data_) return address(t) + h * piece_.width;
-    }
-    return room_ + t * piece_.run() + h * piece_.width;
-  }
-
-  void end() const {
-    if (std::is_same_v<T, A> || !data_) return;
-    for (int64_t t = 0; t < piece_.tokens; ++t) {
-      T* to = address(t);
-      const A* from = room_ + t * piece_.run();
-#pragma omp simd
-      for (int64_t i = 0; i < piece_.run(); ++i) to[i] = store<T>(from[i]);
-    }
-  }
-
- private:
-  T* address(int64_t t) const { return data_ + ((piece_.b * rows_ + piece_.n + t) * heads_ + piece_.head) * piece_.width; }
-
-  T* data_;
-  int64_t rows_, heads_;
-  Piece piece_{};
-  A* room_ = nullptr;
 };
 
 // Turns every pair of a head by its angle; from and to may be the same.
@@ -293,14 +136,34 @@ FD_INLINE void normalise_backward(A* grad, const A* x, A* to, int64_t size, cons
   for (int64_t i = 0; i < size; ++i) to[i] = factor * (grad[i] - constant) - (x[i] - mean) * correction;
 }
 
-// Calls body(chunk, piece, room) for every piece in parallel, chunk of tokens by chunk; room holds so many pieces of numbers. A piece is a
-// token or, where tokens are innermost, some of them with as many heads as the norm is over.
+// One of the tensors that an op normalises, with what becomes of it. Backward: grad is the gradient of its output, grad_x and sums are
+// written where they are wanted, sums chunk by chunk.
+template <class T>
+struct Job {
+  TokensOf<T> x;
+  T* out;
+  const Acc<T>* weight = nullptr;
+  std::optional<TokensOf<T>> grad = std::nullopt;
+  double* sums = nullptr;
+};
+
+template <class T>
+struct Rotation {
+  Table<Acc<T>> cosines, sines;
+};
+
+int64_t chunks_of(const Tensor& x) { return (x.size(0) * x.size(1) + kTokens - 1) / kTokens; }
+
+// Calls body(job, chunk, piece, room) in parallel for every piece of every job, chunk of tokens by chunk; room holds so many pieces of
+// numbers. Jobs have equally many tokens. A piece is a token or, where tokens are innermost, some of them with as many heads as the norm is
+// over; the jobs take turns at each, since parts of one projection lie side by side.
 template <class T, class F>
-void for_each_piece(const Tensor& like, const TokensOf<T>& x, const Norm& norm, int64_t pieces, F&& body) {
+void for_each_piece(const Tensor& like, const Job<T>* jobs, int64_t count, const Norm& norm, int64_t pieces, F&& body) {
   using A = Acc<T>;
+  const TokensOf<T>& x = jobs[0].x;
   const int64_t heads = x.tokens_inside() && !norm.over_heads ? 1 : x.heads, tokens = x.tokens_inside() ? kTransposed : 1;
   const int64_t elements = tokens * heads * x.width, chunks = (x.count() + kTokens - 1) / kTokens;
-  const int64_t grain = std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(1, kTokens * x.elements()));
+  const int64_t grain = std::max<int64_t>(1, 2 * kChunk / std::max<int64_t>(1, count * kTokens * x.elements()));
   torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
     Tensor room = torch::stable::new_empty(like, {pieces * elements}, kDtype<A>);
     for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -308,87 +171,126 @@ void for_each_piece(const Tensor& like, const TokensOf<T>& x, const Norm& norm, 
       for (int64_t token = chunk * kTokens, next; token < end; token = next) {
         const int64_t b = token / x.rows, n = token % x.rows;
         next = std::min(std::min(token + tokens, end), (b + 1) * x.rows);
-        for (int64_t head = 0; head < x.heads; head += heads) body(chunk, Piece{b, n, next - token, head, heads, x.width}, write<A>(room));
+        for (int64_t head = 0; head < x.heads; head += heads) {
+          const Piece piece{b, n, next - token, head, heads, x.width};
+          for (int64_t i = 0; i < count; ++i) body(jobs[i], chunk, piece, write<A>(room));
+        }
       }
     }
   });
 }
 
 template <class T>
-void forward(const Tensor& x_, T* out_, const Table<Acc<T>>& weight, const Table<Acc<T>>& cosines, const Table<Acc<T>>& sines, const Norm& norm) {
+void forward_piece(const Job<T>& job, const Piece& piece, Acc<T>* room, const Rotation<T>& rotation, const Norm& norm) {
   using A = Acc<T>;
-  const TokensOf<T> x(x_);
-  for_each_piece(x_, x, norm, 1, [&](int64_t, const Piece& piece, A* room) {
-    Heads<T> from(x, norm.over_heads);
-    HeadsOut<T> to(out_, x);
-    from.take(piece, room);
-    to.begin(piece, room);
-    for (int64_t t = 0; t < piece.tokens; ++t) {
-      const A *cosine = cosines.row(piece.b, piece.n + t), *sine = sines.row(piece.b, piece.n + t);
-      if (norm.over_heads) normalise(from.at(t, 0), to.at(t, 0), piece.run(), weight.data(), norm);
-      for (int64_t h = 0; h < piece.heads; ++h) {
-        A* head = to.at(t, h);
-        const A* normal = norm.any ? head : from.at(t, h);
-        if (norm.any && !norm.over_heads) normalise(from.at(t, h), head, x.width, weight.data(), norm);
-        if (cosine) {
-          rotate_head(normal, head, x.width, cosine, sine, A(1), norm.half);
-        } else if (normal != head) {
-          memcpy(head, normal, x.width * sizeof(A));
-        }
+  Heads<T> from(job.x, norm.over_heads);
+  HeadsOut<T> to(job.out, job.x);
+  from.take(piece, room);
+  to.begin(piece, room);
+  for (int64_t t = 0; t < piece.tokens; ++t) {
+    const A *cosine = rotation.cosines.row(piece.b, piece.n + t), *sine = rotation.sines.row(piece.b, piece.n + t);
+    if (norm.over_heads) normalise(from.at(t, 0), to.at(t, 0), piece.run(), job.weight, norm);
+    for (int64_t h = 0; h < piece.heads; ++h) {
+      A* head = to.at(t, h);
+      const A* normal = norm.any ? head : from.at(t, h);
+      if (norm.any && !norm.over_heads) normalise(from.at(t, h), head, piece.width, job.weight, norm);
+      if (cosine) {
+        rotate_head(normal, head, piece.width, cosine, sine, A(1), norm.half);
+      } else if (normal != head) {
+        memcpy(head, normal, piece.width * sizeof(A));
       }
     }
-    to.end();
+  }
+  to.end();
+}
+
+template <class T>
+void backward_piece(const Job<T>& job, int64_t chunk, const Piece& piece, Acc<T>* room, const Rotation<T>& rotation, const Norm& norm) {
+  using A = Acc<T>;
+  A *grads = room + piece.elements(), *values = grads + piece.elements();
+  double* sums = job.sums ? job.sums + chunk * (norm.over_heads ? piece.run() : piece.width) : nullptr;
+  Heads<T> from(job.x, norm.over_heads), upstream(*job.grad, false);
+  HeadsOut<T> to(job.out, job.x);
+  upstream.take(piece, grads);
+  if (norm.any) from.take(piece, values);
+  to.begin(piece, room);
+  for (int64_t t = 0; t < piece.tokens; ++t) {
+    const A *cosine = rotation.cosines.row(piece.b, piece.n + t), *sine = rotation.sines.row(piece.b, piece.n + t);
+    A* token = grads + t * piece.run();
+    for (int64_t h = 0; h < piece.heads; ++h) {
+      A* head = norm.any ? token + h * piece.width : to.at(t, h);
+      const A* given = upstream.at(t, h);
+      if (cosine) {
+        rotate_head(given, head, piece.width, cosine, sine, A(-1), norm.half);
+      } else if (given != head) {
+        memcpy(head, given, piece.width * sizeof(A));
+      }
+      if (norm.any && !norm.over_heads) normalise_backward(head, from.at(t, h), to.at(t, h), piece.width, job.weight, norm, sums);
+    }
+    if (norm.over_heads) normalise_backward(token, from.at(t, 0), to.at(t, 0), piece.run(), job.weight, norm, sums);
+  }
+  to.end();
+}
+
+// body(first, count) for all jobs at once where they have equally many tokens, else for one after the other.
+template <class T, class F>
+void together(const Job<T>* jobs, int64_t count, F&& body) {
+  bool alike = true;
+  for (int64_t i = 1; i < count; ++i) alike = alike && jobs[i].x.rows == jobs[0].x.rows;
+  for (int64_t i = 0; i < count; i += alike ? count : 1) body(jobs + i, alike ? count : 1);
+}
+
+template <class T>
+void run_forward(const Tensor& like, const Job<T>* jobs, int64_t count, const Rotation<T>& rotation, const Norm& norm) {
+  together(jobs, count, [&](const Job<T>* some, int64_t n) {
+    for_each_piece(like, some, n, norm, 1, [&](const Job<T>& job, int64_t, const Piece& piece, Acc<T>* room) {
+      forward_piece(job, piece, room, rotation, norm);
+    });
   });
 }
 
 template <class T>
-void backward(
-    const Tensor& grad_, const Tensor& x_, T* grad_x, const OptionalTensor& weight_, Tensor* grad_weight, const Table<Acc<T>>& cosines,
-    const Table<Acc<T>>& sines, const Norm& norm) {
-  using A = Acc<T>;
-  const TokensOf<T> grad(grad_), x(x_);
-  const Table<A> weight(weight_);
-  const int64_t size = norm.over_heads ? x.elements() : x.width, chunks = (x.count() + kTokens - 1) / kTokens;
-  Tensor partial = torch::stable::new_empty(x_, {grad_weight ? chunks * size : 0}, ScalarType::Double);
-  double* sums = grad_weight ? write<double>(partial) : nullptr;
-  if (sums) std::fill(sums, sums + chunks * size, 0.0);
-  for_each_piece(x_, x, norm, 3, [&](int64_t chunk, const Piece& piece, A* room) {
-    A *grads = room + piece.elements(), *values = grads + piece.elements();
-    double* of_chunk = sums ? sums + chunk * size : nullptr;
-    Heads<T> from(x, norm.over_heads), upstream(grad, false);
-    HeadsOut<T> to(grad_x, x);
-    upstream.take(piece, grads);
-    if (norm.any) from.take(piece, values);
-    to.begin(piece, room);
-    for (int64_t t = 0; t < piece.tokens; ++t) {
-      const A *cosine = cosines.row(piece.b, piece.n + t), *sine = sines.row(piece.b, piece.n + t);
-      A* token = grads + t * piece.run();
-      for (int64_t h = 0; h < piece.heads; ++h) {
-        A* head = norm.any ? token + h * x.width : to.at(t, h);
-        const A* given = upstream.at(t, h);
-        if (cosine) {
-          rotate_head(given, head, x.width, cosine, sine, A(-1), norm.half);
-        } else if (given != head) {
-          memcpy(head, given, x.width * sizeof(A));
-        }
-        if (norm.any && !norm.over_heads) normalise_backward(head, from.at(t, h), to.at(t, h), size, weight.data(), norm, of_chunk);
-      }
-      if (norm.over_heads) normalise_backward(token, from.at(t, 0), to.at(t, 0), size, weight.data(), norm, of_chunk);
-    }
-    to.end();
-  });
-  if (!grad_weight) return;
-  *grad_weight = empty_as(*weight_);
-  dispatch(grad_weight->scalar_type(), [&](auto tag) {
-    using W = typename decltype(tag)::type;
-    W* to = write<W>(*grad_weight);
-    for (int64_t i = 0; i < size; ++i) {
-      double total = 0;
-      for (int64_t c = 0; c < chunks; ++c) total += sums[c * size + i];
-      to[i] = store<W>(static_cast<Acc<W>>(total));
-    }
+void run_backward(const Tensor& like, const Job<T>* jobs, int64_t count, const Rotation<T>& rotation, const Norm& norm) {
+  together(jobs, count, [&](const Job<T>* some, int64_t n) {
+    for_each_piece(like, some, n, norm, 3, [&](const Job<T>& job, int64_t chunk, const Piece& piece, Acc<T>* room) {
+      backward_piece(job, chunk, piece, room, rotation, norm);
+    });
   });
 }
+
+// Zeroed sums of a weight's gradient, one row a chunk; empty where nobody asked.
+class WeightSums {
+ public:
+  WeightSums(const Tensor& x, const OptionalTensor& weight, bool needed)
+      : needed_(needed),
+        size_(needed ? weight->numel() : 0),
+        chunks_(chunks_of(x)),
+        sums_(torch::stable::new_empty(x, {size_ * chunks_}, ScalarType::Double)) {
+    if (needed) std::fill(data(), data() + size_ * chunks_, 0.0);
+  }
+
+  double* data() const { return needed_ ? write<double>(sums_) : nullptr; }
+
+  Tensor total(const Tensor& x, const OptionalTensor& weight) const {
+    if (!needed_) return absent(x);
+    Tensor out = empty_as(*weight);
+    dispatch(out.scalar_type(), [&](auto tag) {
+      using W = typename decltype(tag)::type;
+      W* to = write<W>(out);
+      for (int64_t i = 0; i < size_; ++i) {
+        double total = 0;
+        for (int64_t c = 0; c < chunks_; ++c) total += data()[c * size_ + i];
+        to[i] = store<W>(static_cast<Acc<W>>(total));
+      }
+    });
+    return out;
+  }
+
+ private:
+  bool needed_;
+  int64_t size_, chunks_;
+  Tensor sums_;
+};
 
 std::tuple<Tensor, Tensor> qk_norm_rope(
     const Tensor& q, const Tensor& k, OptionalTensor q_weight, OptionalTensor k_weight, OptionalTensor cos, OptionalTensor sin,
@@ -397,10 +299,10 @@ std::tuple<Tensor, Tensor> qk_norm_rope(
   const Norm norm(norm_name, rope, eps);
   dispatch(q.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using A = Acc<T>;
-    const Table<A> cosines(cos), sines(sin);
-    forward<T>(q, write<T>(out_q), Table<A>(q_weight), cosines, sines, norm);
-    forward<T>(k, write<T>(out_k), Table<A>(k_weight), cosines, sines, norm);
+    const Rotation<T> rotation{Table<Acc<T>>(cos), Table<Acc<T>>(sin)};
+    const Table<Acc<T>> of_q(q_weight), of_k(k_weight);
+    const Job<T> jobs[] = {{TokensOf<T>(q), write<T>(out_q), of_q.data()}, {TokensOf<T>(k), write<T>(out_k), of_k.data()}};
+    run_forward(q, jobs, 2, rotation, norm);
   });
   return {out_q, out_k};
 }
@@ -410,53 +312,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward
     OptionalTensor cos, OptionalTensor sin, std::optional<std::string> norm_name, std::string rope, double eps, std::vector<bool> needs) {
   STD_TORCH_CHECK(!needs[4] && !needs[5], "qk_norm_rope: the gradients of cos and sin come from the definition");
   Tensor grad_q = needs[0] ? empty_as(q) : absent(q), grad_k = needs[1] ? empty_as(k) : absent(k);
-  Tensor grad_q_weight = absent(q), grad_k_weight = absent(k);
+  const WeightSums q_sums(q, q_weight, needs[2]), k_sums(k, k_weight, needs[3]);
   const Norm norm(norm_name, rope, eps);
   dispatch(q.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using A = Acc<T>;
-    const Table<A> cosines(cos), sines(sin);
-    if (needs[0] || needs[2]) {
-      T* to = needs[0] ? write<T>(grad_q) : nullptr;
-      backward<T>(grad_out_q, q, to, q_weight, needs[2] ? &grad_q_weight : nullptr, cosines, sines, norm);
-    }
-    if (needs[1] || needs[3]) {
-      T* to = needs[1] ? write<T>(grad_k) : nullptr;
-      backward<T>(grad_out_k, k, to, k_weight, needs[3] ? &grad_k_weight : nullptr, cosines, sines, norm);
-    }
+    const Rotation<T> rotation{Table<Acc<T>>(cos), Table<Acc<T>>(sin)};
+    const Table<Acc<T>> of_q(q_weight), of_k(k_weight);
+    const Job<T> jobs[] = {
+        {TokensOf<T>(q), needs[0] ? write<T>(grad_q) : nullptr, of_q.data(), TokensOf<T>(grad_out_q), q_sums.data()},
+        {TokensOf<T>(k), needs[1] ? write<T>(grad_k) : nullptr, of_k.data(), TokensOf<T>(grad_out_k), k_sums.data()},
+    };
+    const int64_t first = needs[0] || needs[2] ? 0 : 1, last = needs[1] || needs[3] ? 2 : 1;
+    run_backward(q, jobs + first, last - first, rotation, norm);
   });
-  return {grad_q, grad_k, grad_q_weight, grad_k_weight, absent(q), absent(q)};
+  return {grad_q, grad_k, q_sums.total(q, q_weight), k_sums.total(k, k_weight), absent(q), absent(q)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> qkv_pixel_norm(const Tensor& q, const Tensor& k, const Tensor& v, double eps) {
-  const Norm norm("pixel", "half", eps);
-  const auto normalised = [&](const Tensor& x) {
-    Tensor out = empty_as(x);
-    dispatch(x.scalar_type(), [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      const Table<Acc<T>> none(std::nullopt);
-      forward<T>(x, write<T>(out), none, none, none, norm);
-    });
-    return out;
-  };
-  return {normalised(q), normalised(k), normalised(v)};
+  const Tensor out[] = {empty_as(q), empty_as(k), empty_as(v)};
+  dispatch(q.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Rotation<T> none{Table<Acc<T>>(std::nullopt), Table<Acc<T>>(std::nullopt)};
+    const Job<T> jobs[] = {{TokensOf<T>(q), write<T>(out[0])}, {TokensOf<T>(k), write<T>(out[1])}, {TokensOf<T>(v), write<T>(out[2])}};
+    run_forward(q, jobs, 3, none, Norm("pixel", "half", eps));
+  });
+  return {out[0], out[1], out[2]};
 }
 
 std::tuple<Tensor, Tensor, Tensor> qkv_pixel_norm_backward(
     const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, const Tensor& q, const Tensor& k, const Tensor& v, double eps,
     std::vector<bool> needs) {
-  const Norm norm("pixel", "half", eps);
-  const auto gradient = [&](const Tensor& grad, const Tensor& x, bool needed) {
-    if (!needed) return absent(x);
-    Tensor grad_x = empty_as(x);
-    dispatch(x.scalar_type(), [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      const Table<Acc<T>> none(std::nullopt);
-      backward<T>(grad, x, write<T>(grad_x), std::nullopt, nullptr, none, none, norm);
-    });
-    return grad_x;
-  };
-  return {gradient(grad_q, q, needs[0]), gradient(grad_k, k, needs[1]), gradient(grad_v, v, needs[2])};
+  const Tensor *inputs[] = {&q, &k, &v}, *grads[] = {&grad_q, &grad_k, &grad_v};
+  const Tensor found[] = {
+      needs[0] ? empty_as(q) : absent(q), needs[1] ? empty_as(k) : absent(k), needs[2] ? empty_as(v) : absent(v)};
+  dispatch(q.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Rotation<T> none{Table<Acc<T>>(std::nullopt), Table<Acc<T>>(std::nullopt)};
+    std::vector<Job<T>> jobs;
+    for (int i = 0; i < 3; ++i) {
+      if (needs[i]) jobs.push_back({TokensOf<T>(*inputs[i]), write<T>(found[i]), nullptr, TokensOf<T>(*grads[i])});
+    }
+    run_backward(q, jobs.data(), static_cast<int64_t>(jobs.size()), none, Norm("pixel", "half", eps));
+  });
+  return {found[0], found[1], found[2]};
 }
 
 }  // namespace
