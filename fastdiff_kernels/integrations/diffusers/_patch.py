@@ -1,0 +1,196 @@
+"""Which modules of a diffusers model are replaced, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+from diffusers.models import normalization as host
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch import nn
+
+from .._report import Entry, PatchReport
+from .._swap import Replacement, restore, swap
+from . import _norms, _processors, _resnet
+from ._probes import difference, swap_output, swap_resnet
+
+MODELS = (
+    "UNet2DModel",
+    "UNet2DConditionModel",
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "WanTransformer3DModel",
+)
+_ATTENTIONS = (Attention, FluxAttention, WanAttention)
+_HOOKED = "its forward was replaced by hooks (offloading); patch before those are added"
+_INLINE = "modulation, gates and residuals are written out in its forward"
+_BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock", "WanTransformerBlock")
+_NO_OP = "no op here computes it"
+
+
+def patch(model_or_pipeline: Any) -> PatchReport:
+    """Replaces attention, modulated norms and group norms of a diffusers model by this package's ops, in place.
+
+    Attention gets other processors (norms of q and k with the rotary embedding, and attention); norms keep their objects and get a class
+    that computes norm and modulation, or group norm and SiLU, in one op. Parameters, their names, hooks, LoRA layers, checkpointing and
+    the config stay as they are. Each kind of replacement is first compared with the installed diffusers on a tiny module, and left out
+    where the two differ.
+
+    Under `torch.compile` group norms are diffusers' own again, since Inductor fuses those with what surrounds them.
+
+    Args:
+        model_or_pipeline: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel,
+            FluxTransformer2DModel or WanTransformer3DModel, a torch.compile of one, or a pipeline whose components they are. What else a
+            pipeline holds is left alone. A patched model is left as it is.
+
+    Returns:
+        PatchReport: every module, replaced with what, or left and why.
+
+    Raises:
+        TypeError: neither one of these models nor a pipeline.
+    """
+    entries: list[Entry] = []
+    models = list(_models(model_or_pipeline, entries))
+    for prefix, model in models:
+        entries += _patch_model(prefix, model)
+    return PatchReport(type(_unwrapped(model_or_pipeline)).__name__, entries)
+
+
+def unpatch(model_or_pipeline: Any) -> None:
+    """Undoes `patch`: every module has its own class and the very processor object it had. Processors set since are kept.
+
+    Raises:
+        TypeError: as `patch`. RuntimeError: offloading hooks were added after `patch`; remove those first.
+    """
+    for prefix, model in _models(model_or_pipeline, []):
+        for name, module in model.named_modules():
+            if isinstance(module, Replacement):
+                restore(module, _join(prefix, name))
+            processor = getattr(module, "processor", None)
+            if isinstance(processor, _processors.FUSED):
+                module.set_processor(processor.replaced)
+
+
+def _models(model_or_pipeline: Any, entries: list[Entry]) -> Iterator[tuple[str, nn.Module]]:
+    known = tuple(getattr(diffusers, name) for name in MODELS if hasattr(diffusers, name))
+    model = _unwrapped(model_or_pipeline)
+    if isinstance(model, known):
+        yield "", model
+        return
+    components = getattr(model, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(f"model_or_pipeline must be a pipeline or one of {', '.join(MODELS)}, got {type(model).__name__}")
+    for name, component in components.items():
+        component = _unwrapped(component)
+        if isinstance(component, known):
+            yield name, component
+        elif isinstance(component, nn.Module):
+            entries.append(Entry(name, type(component).__name__, reason="not one of the models that are known here"))
+
+
+def _unwrapped(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+
+def _patch_model(prefix: str, model: Any) -> list[Entry]:
+    modules = dict(model.named_modules())
+    found: dict[int, Entry] = {}
+    # Blocks first: they know which norm an activation follows.
+    for name, module in modules.items():
+        if type(module) is ResnetBlock2D:
+            _patch_resnet(_join(prefix, name), module, found)
+    if hasattr(model, "conv_norm_out"):
+        _patch_output(prefix, model, found)
+    for name, module in modules.items():
+        if id(module) not in found:
+            found[id(module)] = _patch_module(_join(prefix, name), module)
+    return [_named(found[id(module)], _join(prefix, name)) for name, module in modules.items()]
+
+
+def _patch_module(name: str, module: Any) -> Entry:
+    kind: Any = type(module)
+    if isinstance(module, Replacement):
+        return Entry(name, module.replaces.__name__, replacement=kind.__name__)
+    if kind in _ATTENTIONS:
+        return _patch_attention(name, module)
+    if kind in _norms.REPLACEMENTS:
+        reason = _refused(module) or _norms.refusal(module) or difference(kind)
+        if reason is None:
+            swap(module, _norms.REPLACEMENTS[kind])
+            return Entry(name, kind.__name__, replacement=type(module).__name__)
+        return Entry(name, kind.__name__, reason=reason)
+    if kind is nn.GroupNorm:
+        if reason := _refused(module):
+            return Entry(name, "GroupNorm", reason=reason)
+        swap(module, _resnet.FusedGroupNorm)
+        return Entry(name, "GroupNorm", replacement="FusedGroupNorm")
+    return Entry(name, kind.__name__, reason=_plain_reason(module))
+
+
+def _plain_reason(module: Any) -> str:
+    if type(module).__name__ in _BLOCKS:
+        return _INLINE
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, host.RMSNorm)):
+        return "computed within attention or by PyTorch; its modulation, if any, is in the block's forward"
+    return _NO_OP
+
+
+def _patch_attention(name: str, module: Any) -> Entry:
+    processor = module.processor
+    if isinstance(processor, _processors.FUSED):
+        return Entry(name, type(processor.replaced).__name__, replacement=type(processor).__name__)
+    reason = _processors.refusal(module) or difference(type(processor))
+    if reason is not None:
+        return Entry(name, type(processor).__name__, reason=reason)
+    module.set_processor(_processors.REPLACEMENTS[type(processor)](processor))
+    return Entry(name, type(processor).__name__, replacement=type(module.processor).__name__)
+
+
+def _patch_resnet(name: str, block: Any, found: dict[int, Entry]) -> None:
+    parts: dict[str, Any] = {part: getattr(block, part) for part in ("norm1", "norm2", "nonlinearity")}
+    if any(isinstance(part, Replacement) for part in parts.values()):
+        return
+    reason = next(filter(None, (_refused(part) for part in parts.values())), None)
+    if reason is None and type(block.nonlinearity) is not nn.SiLU:
+        reason = f"the activation after it is {type(block.nonlinearity).__name__}"
+    if reason is None and not type(block.norm1) is type(block.norm2) is nn.GroupNorm:
+        reason = "its block has another norm than GroupNorm"
+    reason = reason or difference(type(block))
+    kinds = {part: type(module).__name__ for part, module in parts.items()}
+    if reason is None:
+        swap_resnet(block)
+    for part, module in parts.items():
+        replacement = type(module).__name__ if reason is None else None
+        found[id(module)] = Entry(f"{name}.{part}", kinds[part], replacement=replacement, reason=reason)
+
+
+def _patch_output(prefix: str, model: Any, found: dict[int, Entry]) -> None:
+    """A U-Net's last norm and activation, which its forward calls one after the other."""
+    norm, activation = model.conv_norm_out, getattr(model, "conv_act", None)
+    if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU or _refused(norm) or _refused(activation):
+        return
+    base = next(base for base in type(model).__mro__ if base.__name__ in MODELS)
+    if reason := difference(base):
+        found[id(activation)] = Entry(_join(prefix, "conv_act"), "SiLU", reason=reason)
+        return
+    swap_output(model)
+    for part, module in (("conv_norm_out", norm), ("conv_act", activation)):
+        found[id(module)] = Entry(_join(prefix, part), module.replaces.__name__, replacement=type(module).__name__)
+
+
+def _refused(module: Any) -> str | None:
+    return _HOOKED if "forward" in vars(module) else None
+
+
+def _named(entry: Entry, name: str) -> Entry:
+    return entry if entry.module == name else Entry(name, entry.kind, entry.replacement, entry.reason)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name

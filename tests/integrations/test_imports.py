@@ -1,0 +1,16 @@
+"""Hosts are imported by those who ask for them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CODE = """
+import sys
+import fastdiff_kernels, fastdiff_kernels.integrations, fastdiff_kernels.diffusion, fastdiff_kernels.nn
+assert not {"diffusers", "timm", "k_diffusion", "transformers"} & set(sys.modules)
+"""
+
+
+def test_the_package_imports_no_host() -> None:
+    subprocess.run([sys.executable, "-c", CODE], check=True)
