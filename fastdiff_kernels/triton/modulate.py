@@ -1,184 +1,70 @@
-"""adaLN glue on GPU: one kernel forward and one backward for all four ops, told apart by which operands are None.
+"""adaLN glue on GPU: launchers of the kernels in _modulate_kernels.py.
 
-A program takes a few rows of one sample, so that modulation shared by the sample's rows is read once, and its gradient is summed over
-those rows in registers; `_add_blocks` then adds what the programs left, in their order. No result depends on the batch or on timing.
+Rows are independent in the forward pass. In the backward pass a program takes rows of one sample and sums over them in registers what is
+shared; `_add_rows_kernel` then adds what the programs left, in their order. No result depends on the batch or on timing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import absent, compute_dtype, launch, widen
+from ._common import absent, compute_dtype, launch
+from ._modulate_kernels import _add_rows_kernel, _backward_kernel, _forward_kernel
 
-# Rows whose partial sums `_add_blocks` adds in one program.
+# Rows whose partial sums one program adds.
 _CHUNK = 256
+# Channels from which the backward pass has no registers left for the next row.
+_WIDE = 4096
 
 
-@triton.jit
-def _row(pointer, strides, b, n, columns, mask, otherwise: tl.constexpr):
-    """The row of an operand at token n of sample b, widened; `otherwise` where the operand is None."""
-    if pointer is None:
-        row = otherwise
-    else:
-        row = widen(tl.load(pointer + b * strides[0] + n * strides[1] + columns * strides[2], mask=mask, other=0.0))
-    return row
+class Tile(NamedTuple):
+    """What a program holds at a time: `rows` rows in chunks of `chunk` columns."""
+
+    rows: int
+    chunk: int
+    warps: int
 
 
-@triton.jit
-def _factor(weight, scale, weight_strides, scale_strides, b, n, columns, mask):
-    """weight (1 + scale)."""
-    return _row(weight, weight_strides, b, n, columns, mask, 1.0) * (1.0 + _row(scale, scale_strides, b, n, columns, mask, 0.0))
+def _tile(channels: int, itemsize: int, elements: int, vectors: Sequence[int], min_warps: int) -> Tile:
+    """As few threads for a row as hold at most `elements` elements each, and as many rows as fill the warps.
+
+    Of the vectors, widths in bytes of a thread's loads, the one that leaves the fewest lanes idle, the first for equals.
+    """
+    candidates = []
+    for vector in (size // itemsize for size in vectors):
+        threads = 1
+        while triton.cdiv(channels, threads * vector) * vector > elements:
+            threads *= 2
+        candidates.append((triton.cdiv(channels, threads * vector) * threads * vector, threads, threads * vector))
+    _, threads, chunk = min(candidates, key=lambda c: c[0])
+    warps = max(min_warps, threads // 32)
+    return Tile(rows=32 * warps // threads, chunk=chunk, warps=warps)
 
 
-@triton.jit
-def _normalise(h, mask, channels, EPS: tl.constexpr, CENTRED: tl.constexpr):
-    """The row normalised, zero beyond its end, and its inverse deviation."""
-    if CENTRED:
-        h = tl.where(mask, h - tl.sum(h, 0) / channels, 0.0)
-    inverse_deviation = tl.rsqrt(tl.sum(h * h, 0) / channels + EPS)
-    return h * inverse_deviation, inverse_deviation
+def _forward_tile(channels: int, dtype: torch.dtype) -> Tile:
+    # A row that stays within a warp is summed by shuffles alone, with no barrier; 40 elements a thread leave room for 24 such rows and more
+    # on a multiprocessor, twice the bytes under way that its share of the memory's bandwidth needs.
+    return _tile(channels, dtype.itemsize, 20 if dtype == torch.float64 else 40, (16,), 4)
 
 
-@triton.jit
-def _forward_kernel(
-    x, branch, gate, weight, shift, scale, hidden_out, modulated_out,
-    x_strides, branch_strides, gate_strides, weight_strides, shift_strides, scale_strides,
-    tokens, channels,
-    EPS: tl.constexpr, CENTRED: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(tokens, ROWS)
-    b = program // blocks
-    first = program % blocks * ROWS
-    columns = tl.arange(0, BLOCK)
-    mask = columns < channels
-    if SHARED:
-        gates = _row(gate, gate_strides, b, first, columns, mask, 0.0)
-        factors = _factor(weight, scale, weight_strides, scale_strides, b, first, columns, mask)
-        shifts = _row(shift, shift_strides, b, first, columns, mask, 0.0)
-    for n in range(first, tl.minimum(first + ROWS, tokens)):
-        at = (b * tokens + n) * channels + columns
-        h = _row(x, x_strides, b, n, columns, mask, 0.0)
-        if not SHARED:
-            gates = _row(gate, gate_strides, b, n, columns, mask, 0.0)
-            factors = _factor(weight, scale, weight_strides, scale_strides, b, n, columns, mask)
-            shifts = _row(shift, shift_strides, b, n, columns, mask, 0.0)
-        if branch is not None:
-            h += gates * _row(branch, branch_strides, b, n, columns, mask, 0.0)
-            tl.store(hidden_out + at, h, mask=mask)
-        if modulated_out is not None:
-            normal, _ = _normalise(h, mask, channels, EPS, CENTRED)
-            tl.store(modulated_out + at, normal * factors + shifts, mask=mask)
-
-
-@triton.jit
-def _put(pointer, sums, value, at, mask, SUM: tl.constexpr):
-    """A row's share of a modulation gradient: added to the program's sums, or written where each row has a gradient of its own."""
-    if pointer is not None:
-        if SUM:
-            sums += value
-        else:
-            tl.store(pointer + at, value, mask=mask)
-    return sums
-
-
-@triton.jit
-def _put_sums(pointer, sums, program, channels, columns, mask, SUM: tl.constexpr):
-    if pointer is not None and SUM:
-        tl.store(pointer + program * channels + columns, sums, mask=mask)
-
-
-@triton.jit
-def _backward_kernel(
-    grad_hidden, grad_modulated, x, branch, gate, weight, scale,
-    grad_x, grad_branch, grad_gate, grad_weight, grad_shift, grad_scale,
-    grad_hidden_strides, grad_modulated_strides, x_strides, branch_strides, gate_strides, weight_strides, scale_strides,
-    tokens, channels,
-    EPS: tl.constexpr, CENTRED: tl.constexpr, SUM_GATE: tl.constexpr, SUM_SHIFT: tl.constexpr, SUM_SCALE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACCUMULATOR: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(tokens, ROWS)
-    b = program // blocks
-    first = program % blocks * ROWS
-    columns = tl.arange(0, BLOCK)
-    mask = columns < channels
-    gate_sums = tl.zeros([BLOCK], ACCUMULATOR)
-    weight_sums = tl.zeros([BLOCK], ACCUMULATOR)
-    shift_sums = tl.zeros([BLOCK], ACCUMULATOR)
-    scale_sums = tl.zeros([BLOCK], ACCUMULATOR)
-    for n in range(first, tl.minimum(first + ROWS, tokens)):
-        at = (b * tokens + n) * channels + columns
-        if grad_modulated is not None:
-            h = _row(x, x_strides, b, n, columns, mask, 0.0)
-            if branch is not None:
-                h += _row(gate, gate_strides, b, n, columns, mask, 0.0) * _row(branch, branch_strides, b, n, columns, mask, 0.0)
-            normal, inverse_deviation = _normalise(h, mask, channels, EPS, CENTRED)
-            upstream = _row(grad_modulated, grad_modulated_strides, b, n, columns, mask, 0.0)
-            shift_sums = _put(grad_shift, shift_sums, upstream, at, mask, SUM_SHIFT)
-            weights = _row(weight, weight_strides, b, n, columns, mask, 1.0)
-            scale_sums = _put(grad_scale, scale_sums, upstream * normal * weights, at, mask, SUM_SCALE)
-            upstream *= 1.0 + _row(scale, scale_strides, b, n, columns, mask, 0.0)
-            weight_sums = _put(grad_weight, weight_sums, upstream * normal, at, mask, True)
-            upstream *= weights
-            along = tl.sum(upstream * normal, 0) / channels
-            constant = tl.sum(upstream, 0) / channels if CENTRED else 0.0
-            grad = inverse_deviation * (upstream - constant - normal * along)
-            # Loaded late, as gate and branch are once more below, to keep fewer rows in registers.
-            grad += _row(grad_hidden, grad_hidden_strides, b, n, columns, mask, 0.0)
-        else:
-            grad = _row(grad_hidden, grad_hidden_strides, b, n, columns, mask, 0.0)
-        if grad_x is not None:
-            tl.store(grad_x + at, grad, mask=mask)
-        if grad_branch is not None:
-            tl.store(grad_branch + at, grad * _row(gate, gate_strides, b, n, columns, mask, 0.0), mask=mask)
-        if grad_gate is not None:
-            branches = _row(branch, branch_strides, b, n, columns, mask, 0.0)
-            gate_sums = _put(grad_gate, gate_sums, grad * branches, at, mask, SUM_GATE)
-    _put_sums(grad_gate, gate_sums, program, channels, columns, mask, SUM_GATE)
-    _put_sums(grad_weight, weight_sums, program, channels, columns, mask, True)
-    _put_sums(grad_shift, shift_sums, program, channels, columns, mask, SUM_SHIFT)
-    _put_sums(grad_scale, scale_sums, program, channels, columns, mask, SUM_SCALE)
-
-
-@triton.jit
-def _add_blocks(partial, out, rows, channels, CHUNK: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
-    """Sums of [groups, rows, channels] over chunks of rows -> [groups, chunks, channels]."""
-    program = tl.program_id(0).to(tl.int64)
-    pieces = tl.cdiv(channels, WIDTH)
-    chunks = tl.cdiv(rows, CHUNK)
-    item = program // pieces
-    columns = program % pieces * WIDTH + tl.arange(0, WIDTH)
-    first = item % chunks * CHUNK
-    stop = tl.minimum(first + CHUNK, rows)
-    mask = columns < channels
-    partial += item // chunks * rows * channels
-    sums = tl.zeros([DEPTH, WIDTH], partial.dtype.element_ty)
-    for start in range(first, stop, DEPTH):
-        r = start + tl.arange(0, DEPTH)
-        inside = (r < stop)[:, None] & mask[None, :]
-        sums += tl.load(partial + r[:, None].to(tl.int64) * channels + columns[None, :], mask=inside, other=0.0)
-    tl.store(out + item * channels + columns, tl.sum(sums, 0), mask=mask)
+def _backward_tile(channels: int, dtype: torch.dtype) -> Tile:
+    # A thread also holds sums over rows, up to three for each element, and the next row. Its warps share few rows or one, so that few of
+    # these sums are held twice and have to be added in the end. Wide rows need all registers: a thread of 8 warps has twice those of 16.
+    if channels > _WIDE:
+        return _tile(channels, dtype.itemsize, 16 if dtype == torch.float64 else 32, (16,), 8)
+    return _tile(channels, dtype.itemsize, 8 if dtype == torch.float64 else 16, (16, 8), 2)
 
 
 def _rows_per_program(tokens: int) -> int:
     # It depends on neither batch nor GPU, so that sums over a sample's rows do not: enough programs for one sample of a few hundred tokens
     # to occupy a good part of a GPU, against partial sums that cost a fraction 1 / rows of the traffic.
-    return 8 if tokens <= 256 else 16
-
-
-def _block(channels: int) -> int:
-    return triton.next_power_of_2(channels)
-
-
-def _warps(block: int) -> int:
-    # 8 elements a thread, of which a row's operands all stay in registers.
-    return max(1, min(16, block // 256))
+    return 8 if tokens <= 256 else 16 if tokens <= 2048 else 32
 
 
 def _unit_stride(x: Tensor | None) -> Tensor | None:
@@ -197,128 +83,172 @@ def _strides(operand: Tensor | None, tokens: int) -> tuple[int, int, int]:
     )
 
 
-def _shared(operand: Tensor | None, tokens: int) -> bool:
-    """Whether a sample's rows share the operand's row."""
-    return operand is None or operand.dim() < 3 or operand.shape[1] != tokens
+def _table_strides(table: Tensor | None) -> tuple[int, int]:
+    """Distances from one row and one channel to the next, in a table [rows, C] or [C]."""
+    return (0, 0) if table is None else (table.stride(0) if table.dim() > 1 else 0, table.stride(-1))
 
 
-def _forward(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    norm: str | None, eps: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _by_row(argument: Tensor, tokens: int) -> bool:
+    """Whether a modulation argument has a row for each row of x."""
+    return argument.dim() == 3 and argument.shape[1] == tokens
+
+
+def _accumulator(x: Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+class Call(NamedTuple):
+    """The arguments of all four ops."""
+
+    x: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+    weight: Tensor | None = None
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    table: Tensor | None = None
+    norm: str | None = None
+    eps: float = 0.0
+
+    @property
+    def in_table(self) -> list[str]:
+        """The arguments to which the table's rows are added, in their order."""
+        gated = ["gate"] if self.gate is not None else []
+        return gated + ["shift", "scale"] if self.norm else gated
+
+
+def _forward(call: Call) -> tuple[Tensor, ...]:
     """x + gate * branch where there is a branch, and the modulated norm where there is one."""
-    batch, tokens, channels = x.shape
-    hidden = None if branch is None else x.new_empty(x.shape)
-    modulated = None if norm is None else x.new_empty(x.shape)
+    x, tokens = call.x, call.x.shape[1]
+    rows, channels = x.shape[0] * tokens, x.shape[2]
+    hidden = None if call.branch is None else x.new_empty(x.shape)
+    modulated = None if call.norm is None else x.new_empty(x.shape)
     outputs = tuple(out for out in (hidden, modulated) if out is not None)
     if x.numel() == 0:
         return outputs
-    operands = (_unit_stride(x), _unit_stride(branch), gate, weight, shift, scale)
-    rows, block = _rows_per_program(tokens), _block(channels)
+    operands = (_unit_stride(x), _unit_stride(call.branch), call.gate, call.weight, call.shift, call.scale)
+    tile = _forward_tile(channels, x.dtype)
     launch(
-        _forward_kernel, batch * triton.cdiv(tokens, rows), *operands, hidden, modulated,
-        *(_strides(o, tokens) for o in operands), tokens, channels,
-        EPS=eps, CENTRED=norm == "layer", SHARED=all(_shared(o, tokens) for o in (gate, shift, scale)), ROWS=rows, BLOCK=block,
-        num_warps=_warps(block),
+        _forward_kernel, triton.cdiv(rows, tile.rows), *operands, call.table, hidden, modulated,
+        *(_strides(o, tokens) for o in operands), _table_strides(call.table), rows, tokens,
+        CHANNELS=channels, EPS=call.eps, CENTRED=call.norm == "layer", FIRST=len(call.in_table) % 2,
+        ROWS=tile.rows, CHUNK=tile.chunk, INDEX=tl.int32 if rows + tile.rows < 2**31 else tl.int64,
+        num_warps=tile.warps,
     )  # fmt: skip
     return outputs
 
 
-def _backward(
-    grad_hidden: Tensor | None, grad_modulated: Tensor | None,
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    norm: str | None, eps: float, needs: dict[str, bool],
-) -> dict[str, Tensor]:  # fmt: skip
+def _backward(call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | None, needs: dict[str, bool]) -> dict[str, Tensor]:
     """Gradients by argument, those that are not needed left out."""
-    batch, tokens, channels = x.shape
-    rows, block = _rows_per_program(tokens), _block(channels)
+    x, (batch, tokens, channels) = call.x, call.x.shape
+    wanted = {name: argument for name, argument in call._asdict().items() if needs.get(name) and isinstance(argument, Tensor)}
+    grads = {name: argument.new_empty(argument.shape) for name, argument in wanted.items()}
+    if x.numel() == 0 or (grad_hidden is None and grad_modulated is None):
+        return {name: grad.zero_() for name, grad in grads.items()}
+    by_row = {name for name in ("gate", "shift", "scale") if name in wanted and _by_row(wanted[name], tokens)}
+    if grad_modulated is None:
+        for name in by_row - {"gate"}:
+            grads[name].zero_()
+    shared = [name for name in ("gate", "shift", "scale", "weight") if name in wanted and name not in by_row]
+    table = dict(zip(call.in_table, grads["table"].view(-1, channels), strict=True)) if "table" in grads else {}
+    slots = {name: i for i, name in enumerate(dict.fromkeys([*table, *shared]))}
+    rows = _rows_per_program(tokens)
     programs = batch * triton.cdiv(tokens, rows)
-    named = {"x": x, "branch": branch, "gate": gate, "weight": weight, "shift": shift, "scale": scale}
-    arguments = {name: argument for name, argument in named.items() if argument is not None}
-    summed = {name for name, argument in arguments.items() if _shared(argument, tokens)} - {"x", "branch"} | {"weight"}
-    # Where the kernel writes: the gradient itself, or partial sums of it.
-    written = {
-        name: x.new_empty((programs, channels), dtype=compute_dtype(x)) if name in summed else argument.new_empty(argument.shape)
-        for name, argument in arguments.items()
-        if needs.get(name)
-    }
-    if x.numel():
-        operands = (_unit_stride(grad_hidden), _unit_stride(grad_modulated), _unit_stride(x), _unit_stride(branch), gate, weight, scale)
+    partial = x.new_empty((len(slots), programs, channels), dtype=compute_dtype(x)) if slots else None
+    tile = _backward_tile(channels, x.dtype)
+    operands = (*map(_unit_stride, (grad_hidden, grad_modulated, x, call.branch)), call.gate, call.weight, call.scale)
+    into = [grads.get(name) if name in ("x", "branch") or name in by_row else None for name in ("x", "branch", "gate", "shift", "scale")]
+    # Wide rows of four bytes, or beside a weight, leave room for two sums; the third takes a pass of its own.
+    at_once = 2 if channels > _WIDE and (x.dtype.itemsize >= 4 or "weight" in slots) else 4
+    names = list(slots)
+    for i in range(0, max(len(names), 1), at_once):
+        summed = {name: slots[name] for name in names[i : i + at_once]}
         launch(
-            _backward_kernel, programs, *operands, *(written.get(n) for n in ("x", "branch", "gate", "weight", "shift", "scale")),
-            *(_strides(o, tokens) for o in operands), tokens, channels,
-            EPS=eps, CENTRED=norm == "layer", SUM_GATE="gate" in summed, SUM_SHIFT="shift" in summed, SUM_SCALE="scale" in summed,
-            ROWS=rows, BLOCK=block, ACCUMULATOR=tl.float64 if x.dtype == torch.float64 else tl.float32, num_warps=_warps(block),
+            _backward_kernel, programs, *operands, call.table, *(into if i == 0 else [None] * len(into)), partial,
+            *(_strides(o, tokens) for o in operands), _table_strides(call.table), tokens, programs,
+            CHANNELS=channels, EPS=call.eps, CENTRED=call.norm == "layer", FIRST=len(call.in_table) % 2,
+            GATE=summed.get("gate", -1), WEIGHT=summed.get("weight", -1), SHIFT=summed.get("shift", -1), SCALE=summed.get("scale", -1),
+            ROWS_PER_PROGRAM=rows, ROWS=min(tile.rows, rows), CHUNK=tile.chunk, ACCUMULATOR=_accumulator(x),
+            WIDE=channels > _WIDE, num_warps=tile.warps,
         )  # fmt: skip
-    return {name: _total(out, arguments[name]) if name in summed else out for name, out in written.items()}
+    if partial is not None:
+        by_sample = {slots[name]: grads[name] for name in shared if wanted[name].dim() > 1}
+        over_all = [(slots[name], grads[name]) for name in shared if wanted[name].dim() == 1]
+        _add_rows(partial, batch, list(by_sample), list(by_sample.values()))
+        over_all += [(slots[name], row) for name, row in table.items()]
+        _add_rows(partial, 1, [slot for slot, _ in over_all], [out for _, out in over_all])
+    return grads
 
 
-def _total(partial: Tensor, argument: Tensor) -> Tensor:
-    """The gradient of an argument from partial sums [programs, C], which are added by sample or over all samples."""
-    groups = argument.shape[0] if argument.dim() > 1 else 1
-    channels = partial.shape[1]
-    if partial.numel() == 0:
-        return argument.new_zeros(argument.shape)
-    rows = partial.shape[0] // groups
-    while True:
+def _add_rows(partial: Tensor, groups: int, slots: list[int], outs: list[Tensor]) -> None:
+    """Adds the rows of each group in the named slots of partial [slots, groups * rows, C]; each of outs has groups * C elements."""
+    channels = partial.shape[2]
+    while slots:
+        rows = partial.shape[1] // groups
         chunks = triton.cdiv(rows, _CHUNK)
-        out = argument.new_empty(argument.shape) if chunks == 1 else partial.new_empty((groups * chunks, channels))
-        launch(_add_blocks, groups * chunks * triton.cdiv(channels, 64), partial, out, rows, channels, CHUNK=_CHUNK, WIDTH=64, DEPTH=16)
-        if chunks == 1:
-            return out
-        partial, rows = out, chunks
+        step = None if chunks == 1 else partial.new_empty((len(slots), groups * chunks, channels))
+        into = tuple(outs) if step is None else step.unbind()
+        launch(
+            _add_rows_kernel, len(slots) * groups * chunks * triton.cdiv(channels, 64), partial, into, groups, rows,
+            SLOTS=tuple(slots), CHANNELS=channels, CHUNK=_CHUNK, WIDTH=64, DEPTH=16,
+        )  # fmt: skip
+        if step is None:
+            return
+        partial, slots = step, list(range(len(slots)))
 
 
-def _in_order(grads: dict[str, Tensor], like: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
-    return tuple(grads.get(name, absent(like)) for name in names)
+def _gradients(
+    call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | None, names: Sequence[str], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    grads = _backward(call, grad_hidden, grad_modulated, dict(zip(names, needs, strict=True)))
+    return tuple(grads.get(name, absent(call.x)) for name in names)
 
 
-def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return _forward(x, None, None, None, shift, scale, "layer", eps)[0]
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, table: Tensor | None, eps: float) -> Tensor:
+    return _forward(Call(x, shift=shift, scale=scale, table=table, norm="layer", eps=eps))[0]
 
 
 def layer_norm_modulate_backward(
-    grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float, needs: Sequence[bool]
+    grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, table: Tensor | None, eps: float, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    names = ("x", "shift", "scale")
-    wanted = dict(zip(names, needs, strict=True))
-    return _in_order(_backward(None, grad, x, None, None, None, shift, scale, "layer", eps, wanted), x, names)
+    call = Call(x, shift=shift, scale=scale, table=table, norm="layer", eps=eps)
+    return _gradients(call, None, grad, ("x", "shift", "scale", "table"), needs)
 
 
-def rms_norm_modulate(x: Tensor, weight: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
-    return _forward(x, None, None, weight, shift, scale, "rms", eps)[0]
+def rms_norm_modulate(
+    x: Tensor, weight: Tensor | None, shift: Tensor | None, scale: Tensor | None, table: Tensor | None, eps: float
+) -> Tensor:
+    return _forward(Call(x, weight=weight, shift=shift, scale=scale, table=table, norm="rms", eps=eps))[0]
 
 
 def rms_norm_modulate_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float, needs: Sequence[bool]
+    grad: Tensor, x: Tensor, weight: Tensor | None, shift: Tensor | None, scale: Tensor | None, table: Tensor | None, eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    call = Call(x, weight=weight, shift=shift, scale=scale, table=table, norm="rms", eps=eps)
+    return _gradients(call, None, grad, ("x", "weight", "shift", "scale", "table"), needs)
+
+
+def gate_residual(residual: Tensor, branch: Tensor, gate: Tensor, table: Tensor | None) -> Tensor:
+    return _forward(Call(residual, branch, gate, table=table))[0]
+
+
+def gate_residual_backward(
+    grad: Tensor, residual: Tensor, branch: Tensor, gate: Tensor, table: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    names = ("x", "weight", "shift", "scale")
-    wanted = dict(zip(names, needs, strict=True))
-    return _in_order(_backward(None, grad, x, None, None, weight, shift, scale, "rms", eps, wanted), x, names)
-
-
-def gate_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    return _forward(residual, branch, gate, None, None, None, None, 0.0)[0]
-
-
-def gate_residual_backward(grad: Tensor, residual: Tensor, branch: Tensor, gate: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    names = ("x", "branch", "gate")
-    wanted = dict(zip(names, needs, strict=True))
-    return _in_order(_backward(grad, None, residual, branch, gate, None, None, None, None, 0.0, wanted), residual, names)
+    return _gradients(Call(residual, branch, gate, table=table), grad, None, ("x", "branch", "gate", "table"), needs)
 
 
 def gate_residual_norm_modulate(
-    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float
+    residual: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, table: Tensor | None, norm: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    hidden, modulated = _forward(residual, branch, gate, None, shift, scale, norm, eps)
+    hidden, modulated = _forward(Call(residual, branch, gate, None, shift, scale, table, norm, eps))
     return hidden, modulated
 
 
 def gate_residual_norm_modulate_backward(
-    grad_hidden: Tensor, grad_modulated: Tensor, residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: str,
-    eps: float, needs: Sequence[bool],
+    grad_hidden: Tensor | None, grad_modulated: Tensor | None, residual: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor,
+    scale: Tensor, table: Tensor | None, norm: str, eps: float, needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    names = ("x", "branch", "gate", "shift", "scale")
-    wanted = dict(zip(names, needs, strict=True))
-    grads = _backward(grad_hidden, grad_modulated, residual, branch, gate, None, shift, scale, norm, eps, wanted)
-    return _in_order(grads, residual, names)
+    call = Call(residual, branch, gate, None, shift, scale, table, norm, eps)
+    return _gradients(call, grad_hidden, grad_modulated, ("x", "branch", "gate", "shift", "scale", "table"), needs)
