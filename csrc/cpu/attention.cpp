@@ -10,87 +10,36 @@ namespace {
 // A block of queries of one head is a unit of work. It goes through the keys block by block, with what it has summed so far scaled down
 // whenever a greater logit comes; a head's keys and values are copied once into rows of the type that is computed in.
 
-constexpr int64_t kKeyBlock = 128, kRun = 16;
-
 template <class A>
 struct ForwardRoom {
   int64_t rows, block, width;  // of keys, of queries at a time, of a row; padded
   Arena<A> arena;
-  A *keys, *values, *queries, *turned, *logits, *result;
-  A *largest, *sum, *factor;  // of each query
+  A *keys, *values, *queries, *turned, *result;
+  Columns<A> columns;
 
   ForwardRoom(const Tensor& q, int64_t keys_)
       : rows(padded(std::max<int64_t>(keys_, 1), kTileRows)),
         block(std::min(kQueryBlock, padded(std::max<int64_t>(q.size(1), 1), kColumns<A>))),
         width(padded(q.size(3), kColumns<A>)),
-        arena(q, 2 * rows * width + 3 * block * width + (kKeyBlock + 3) * block),
+        arena(q, 2 * rows * width + 3 * block * width + Columns<A>::size(block)),
         keys(arena.take(rows * width)),
         values(arena.take(rows * width)),
         queries(arena.take(block * width)),
         turned(arena.take(block * width)),
-        logits(arena.take(kKeyBlock * block)),
         result(arena.take(block * width)),
-        largest(arena.take(block)),
-        sum(arena.take(block)),
-        factor(arena.take(block)) {}
+        columns(arena, block) {}
 };
-
-// Turns logits [count, block] into exponentials below the largest of their column so far; `factor` is what earlier sums shrink by.
-template <class A>
-void exponentials(ForwardRoom<A>& room, int64_t count, bool first) {
-  for (int64_t c = 0; c < room.block; c += kLanes<A>) {
-    Lanes<A> most, before, v, sum{}, factor{};
-    if (first) {
-      most = Lanes<A>{} - A(INFINITY);
-    } else {
-      load_lanes(room.largest + c, most);
-    }
-    before = most;
-    for (int64_t k = 0; k < count; ++k) {
-      load_lanes(room.logits + k * room.block + c, v);
-      most = v > most ? v : most;
-    }
-    if (!first) {
-      exp_below<A>(before, most, factor);
-      load_lanes(room.sum + c, sum);
-      sum *= factor;
-      store_lanes<A>(factor, room.factor + c);
-    }
-    // In runs, so that no sum takes many additions.
-    for (int64_t k = 0; k < count;) {
-      Lanes<A> run{};
-      for (const int64_t stop = std::min(k + kRun, count); k < stop; ++k) {
-        load_lanes(room.logits + k * room.block + c, v);
-        exp_below<A>(v, most, v);
-        run += v;
-        store_lanes<A>(v, room.logits + k * room.block + c);
-      }
-      sum += run;
-    }
-    store_lanes<A>(sum, room.sum + c);
-    store_lanes<A>(most, room.largest + c);
-  }
-}
-
-template <class A>
-void scale_rows(A* x, int64_t rows, int64_t width, const A* factor) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const A f = factor[r];
-#pragma omp simd
-    for (int64_t d = 0; d < width; ++d) x[r * width + d] *= f;
-  }
-}
 
 // The sums of a block of queries over all keys: of exponentials in `sum`, of values times them in `result`.
 template <class A>
 void attend(ForwardRoom<A>& room, int64_t queries, int64_t keys, int64_t width) {
   const int64_t tiled = padded(queries, kTileRows);
-  for (int64_t k = 0; k < keys; k += kKeyBlock) {
-    const int64_t count = std::min(kKeyBlock, keys - k);
-    multiply<A>({room.keys + k * room.width, room.width, 1}, room.turned, room.block, room.logits, room.block, padded(count, kTileRows), width, room.block, false);
-    exponentials(room, count, k == 0);
-    if (k) scale_rows(room.result, tiled, room.width, room.factor);
-    multiply<A>({room.logits, 1, room.block}, room.values + k * room.width, room.width, room.result, room.width, tiled, count, room.width, k > 0);
+  for (int64_t k = 0; k < keys; k += kForwardKeys) {
+    const int64_t count = std::min(kForwardKeys, keys - k);
+    multiply<A>({room.keys + k * room.width, room.width, 1}, room.turned, room.block, room.columns.logits, room.block, padded(count, kTileRows), width, room.block, false);
+    exponentials(room.columns, count, k == 0);
+    if (k) scale_rows(room.result, tiled, room.width, room.columns.factor);
+    multiply<A>({room.columns.logits, 1, room.block}, room.values + k * room.width, room.width, room.result, room.width, tiled, count, room.width, k > 0);
   }
 }
 
@@ -116,11 +65,10 @@ void forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, T* out, PerQu
       attend(room, rows, count, q.width);
       if (count == 0) {
         std::fill(room.result, room.result + rows * room.width, A(0));
-        std::fill(room.sum, room.sum + rows, A(1));
-        std::fill(room.largest, room.largest + rows, -A(INFINITY));
+        room.columns.forget(rows);
       }
-      write_head(out, q, b, h, begin, rows, room.result, room.width, [&](int64_t r) { return A(1) / room.sum[r]; });
-      for (int64_t r = 0; r < rows; ++r) lse.head(b, h)[begin + r] = room.largest[r] + std::log(room.sum[r]);
+      write_head(out, q, b, h, begin, rows, room.result, room.width, [&](int64_t r) { return A(1) / room.columns.sum[r]; });
+      for (int64_t r = 0; r < rows; ++r) lse.head(b, h)[begin + r] = room.columns.log_sum(r);
     }
   });
 }

@@ -115,4 +115,78 @@ FD_INLINE void exp_below(const Lanes<A>& x, const Lanes<A>& base, Lanes<A>& y) {
   exp_of_nonpositive(x - from, y);
 }
 
+// A block of keys at a time, and of these a few to a sum.
+constexpr int64_t kForwardKeys = 128, kRun = 16;
+
+// Logits of a block of keys and queries, and of each query the greatest logit so far, the sum of exponentials below it, and what earlier
+// sums shrink by as it grows.
+template <class A>
+struct Columns {
+  int64_t block;
+  A *logits, *largest, *sum, *factor;
+
+  Columns(Arena<A>& arena, int64_t block_)
+      : block(block_),
+        logits(arena.take(kForwardKeys * block)),
+        largest(arena.take(block)),
+        sum(arena.take(block)),
+        factor(arena.take(block)) {}
+
+  static int64_t size(int64_t block) { return (kForwardKeys + 3) * block; }
+
+  // As for queries that have no key.
+  void forget(int64_t queries) const {
+    std::fill(largest, largest + queries, -A(INFINITY));
+    std::fill(sum, sum + queries, A(1));
+  }
+
+  A log_sum(int64_t query) const { return largest[query] + std::log(sum[query]); }
+};
+
+// Turns logits [count, block] into exponentials below the largest of their column so far; `factor` is what earlier sums shrink by.
+template <class A>
+void exponentials(const Columns<A>& x, int64_t count, bool first) {
+  for (int64_t c = 0; c < x.block; c += kLanes<A>) {
+    Lanes<A> most, before, v, sum{}, factor{};
+    if (first) {
+      most = Lanes<A>{} - A(INFINITY);
+    } else {
+      load_lanes(x.largest + c, most);
+    }
+    before = most;
+    for (int64_t k = 0; k < count; ++k) {
+      load_lanes(x.logits + k * x.block + c, v);
+      most = v > most ? v : most;
+    }
+    if (!first) {
+      exp_below<A>(before, most, factor);
+      load_lanes(x.sum + c, sum);
+      sum *= factor;
+      store_lanes<A>(factor, x.factor + c);
+    }
+    // In runs, so that no sum takes many additions.
+    for (int64_t k = 0; k < count;) {
+      Lanes<A> run{};
+      for (const int64_t stop = std::min(k + kRun, count); k < stop; ++k) {
+        load_lanes(x.logits + k * x.block + c, v);
+        exp_below<A>(v, most, v);
+        run += v;
+        store_lanes<A>(v, x.logits + k * x.block + c);
+      }
+      sum += run;
+    }
+    store_lanes<A>(sum, x.sum + c);
+    store_lanes<A>(most, x.largest + c);
+  }
+}
+
+template <class A>
+void scale_rows(A* x, int64_t rows, int64_t width, const A* factor) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const A f = factor[r];
+#pragma omp simd
+    for (int64_t d = 0; d < width; ++d) x[r * width + d] *= f;
+  }
+}
+
 }  // namespace fastdiff::FASTDIFF_VARIANT

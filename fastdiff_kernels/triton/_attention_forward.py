@@ -30,18 +30,18 @@ def _attend(
     """The sums over keys [begin, end), begun in `head`, `tail` (the columns of the output) and `total`."""
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_N)
-        keys = load_rows(k, k_strides, columns, length, 0, HEAD, WIDTH, UNIT, MASKED)
+        keys = load_rows(k, k_strides, start, length, BLOCK_N, 0, HEAD, WIDTH, UNIT, MASKED)
         logits = product(q_head, tl.trans(keys), None, PRECISION, WIDEN)
         if TAIL:
-            keys = load_rows(k, k_strides, columns, length, HEAD, TAIL, WIDTH, UNIT, MASKED)
+            keys = load_rows(k, k_strides, start, length, BLOCK_N, HEAD, TAIL, WIDTH, UNIT, MASKED)
             logits = product(q_tail, tl.trans(keys), logits, PRECISION, WIDEN)
         powers, peak, shrink = exponentials(logits, peak, scale, columns, length, MASKED)
         total = total * shrink + tl.sum(powers, 1)
-        values = load_rows(v, v_strides, columns, length, 0, HEAD, WIDTH, UNIT, MASKED)
+        values = load_rows(v, v_strides, start, length, BLOCK_N, 0, HEAD, WIDTH, UNIT, MASKED)
         powers = narrow(powers, values, WIDEN)
         head = product(powers, values, head * shrink[:, None], PRECISION, WIDEN)
         if TAIL:
-            values = load_rows(v, v_strides, columns, length, HEAD, TAIL, WIDTH, UNIT, MASKED)
+            values = load_rows(v, v_strides, start, length, BLOCK_N, HEAD, TAIL, WIDTH, UNIT, MASKED)
             tail = product(powers, values, tail * shrink[:, None], PRECISION, WIDEN)
     return head, tail, peak, total
 
@@ -49,14 +49,15 @@ def _attend(
 @triton.jit
 def forward_kernel(
     q, k, v, key_lengths, out, lse, q_strides, k_strides, v_strides, out_strides, scale, queries, keys, heads,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, NEGATIVE: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, NEGATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(queries, BLOCK_M)
     item = program // blocks
     b, h = item // heads, item % heads
-    rows = (program % blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = (program % blocks).to(tl.int32) * BLOCK_M
+    rows = start + tl.arange(0, BLOCK_M)
     length = existing_keys(key_lengths, b, keys)
     whole = length // BLOCK_N * BLOCK_N
     q += offset(q_strides, b, 0, h, UNIT)
@@ -64,7 +65,7 @@ def forward_kernel(
     v += offset(v_strides, b, 0, h, UNIT)
     out += offset(out_strides, b, 0, h, UNIT)
 
-    q_head = load_rows(q, q_strides, rows, queries, 0, HEAD, WIDTH, UNIT, True)
+    q_head = load_rows(q, q_strides, start, queries, BLOCK_M, 0, HEAD, WIDTH, UNIT, True)
     # The greatest product is that of the greatest logit only while scale has no sign.
     if NEGATIVE:
         q_head = -q_head
@@ -74,7 +75,7 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     tail = peak
     if TAIL:
-        q_tail = load_rows(q, q_strides, rows, queries, HEAD, TAIL, WIDTH, UNIT, True)
+        q_tail = load_rows(q, q_strides, start, queries, BLOCK_M, HEAD, TAIL, WIDTH, UNIT, True)
         if NEGATIVE:
             q_tail = -q_tail
         tail = tl.zeros([BLOCK_M, TAIL], tl.float32)
@@ -83,14 +84,15 @@ def forward_kernel(
         head, tail, peak, total, q_head, q_tail, k, v, k_strides, v_strides, 0, whole, length, scale,
         HEAD, TAIL, WIDTH, UNIT, BLOCK_N, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
-    head, tail, peak, total = _attend(
-        head, tail, peak, total, q_head, q_tail, k, v, k_strides, v_strides, whole, length, length, scale,
-        HEAD, TAIL, WIDTH, UNIT, BLOCK_N, True, PRECISION, WIDEN, 1,
-    )  # fmt: skip
+    if not EVEN:
+        head, tail, peak, total = _attend(
+            head, tail, peak, total, q_head, q_tail, k, v, k_strides, v_strides, whole, length, length, scale,
+            HEAD, TAIL, WIDTH, UNIT, BLOCK_N, True, PRECISION, WIDEN, 1,
+        )  # fmt: skip
 
     tl.store(lse + item * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries)
     # Without keys the sums are zero, and so is the output.
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    store_rows(out, out_strides, rows, queries, head * inverse[:, None], 0, HEAD, WIDTH, UNIT)
+    store_rows(out, out_strides, start, queries, head * inverse[:, None], BLOCK_M, 0, HEAD, WIDTH, UNIT)
     if TAIL:
-        store_rows(out, out_strides, rows, queries, tail * inverse[:, None], HEAD, TAIL, WIDTH, UNIT)
+        store_rows(out, out_strides, start, queries, tail * inverse[:, None], BLOCK_M, HEAD, TAIL, WIDTH, UNIT)

@@ -40,16 +40,26 @@ def offset(strides, b, n, h, UNIT: tl.constexpr):
 
 
 @triton.jit
+def _pointers(base, strides, start, columns, ROWS: tl.constexpr, UNIT: tl.constexpr):
+    """Of a tile that begins at row `start` of a head. Only the beginning is far enough from the base for 64 bits."""
+    step = strides[1] * UNIT
+    across = columns if UNIT > 1 else columns * strides[3]
+    return base + tl.cast(start, tl.int64) * step + (tl.arange(0, ROWS)[:, None] * step + across[None, :])
+
+
+@triton.jit
 def load_rows(
-    base, strides, rows, stop, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr
+    base, strides, start, stop, ROWS: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    UNIT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Columns [FIRST, FIRST + SIZE) of rows of a head, zero from row `stop` (where MASKED) and from column WIDTH on."""
+    """Columns [FIRST, FIRST + SIZE) of a head's rows from `start`, zero from row `stop` (where MASKED) and from column WIDTH on."""
     columns = FIRST + tl.arange(0, SIZE)
-    at = base + rows.to(tl.int64)[:, None] * (strides[1] * UNIT) + (columns if UNIT > 1 else columns.to(tl.int64) * strides[3])[None, :]
+    at = _pointers(base, strides, start, columns, ROWS, UNIT)
+    exists = (start + tl.arange(0, ROWS) < stop)[:, None]
     if MASKED and FIRST + SIZE > WIDTH:
-        return tl.load(at, mask=(rows < stop)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+        return tl.load(at, mask=exists & (columns < WIDTH)[None, :], other=0.0)
     elif MASKED:
-        return tl.load(at, mask=(rows < stop)[:, None], other=0.0)
+        return tl.load(at, mask=exists, other=0.0)
     elif FIRST + SIZE > WIDTH:
         return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
     else:
@@ -58,12 +68,12 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    base, strides, rows, stop, values, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr
+    base, strides, start, stop, values, ROWS: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr
 ):  # fmt: skip
     columns = FIRST + tl.arange(0, SIZE)
-    at = base + rows.to(tl.int64)[:, None] * (strides[1] * UNIT) + (columns if UNIT > 1 else columns.to(tl.int64) * strides[3])[None, :]
-    mask = (rows < stop)[:, None] & (columns < WIDTH)[None, :] if FIRST + SIZE > WIDTH else (rows < stop)[:, None]
-    tl.store(at, values.to(base.dtype.element_ty), mask=mask)
+    exists = (start + tl.arange(0, ROWS) < stop)[:, None]
+    mask = exists & (columns < WIDTH)[None, :] if FIRST + SIZE > WIDTH else exists
+    tl.store(_pointers(base, strides, start, columns, ROWS, UNIT), values.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -19,6 +19,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def capability(x: Tensor) -> int:
+    """The compute capability of x's GPU, 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
 def launch(
     kernel: triton.JITFunction, programs: int, *args: object, num_warps: int = 4, enable_fp_fusion: bool = True, **constants: object
 ) -> None:

@@ -19,14 +19,15 @@ from ._attention_tiles import arithmetic, pieces, strides, unit
 from ._common import absent, launch
 
 
-def _constants(q: Tensor, unit: int, s: Sizes) -> dict[str, object]:
-    """What every kernel is compiled for."""
+def _constants(q: Tensor, unit: int, s: Sizes, even: bool) -> dict[str, object]:
+    """What every kernel is compiled for; `even` where its loop has whole blocks alone."""
     head, tail = pieces(q.shape[3])
     return {
         "HEAD": head,
         "TAIL": tail,
         "WIDTH": q.shape[3],
         "UNIT": unit,
+        "EVEN": even,
         "BLOCK_M": s.queries,
         "BLOCK_N": s.keys,
         "STAGES": s.stages,
@@ -34,6 +35,10 @@ def _constants(q: Tensor, unit: int, s: Sizes) -> dict[str, object]:
         "num_stages": s.stages,
         **arithmetic(q),
     }
+
+
+def _whole_blocks(k: Tensor, key_lengths: Tensor | None, s: Sizes) -> bool:
+    return key_lengths is None and k.shape[1] % s.keys == 0
 
 
 def _per_query(q: Tensor) -> Tensor:
@@ -49,7 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor
     step, s = unit(q, k, v, out), sizes("forward", q, k)
     launch(
         forward_kernel, _programs(q, s.queries), q, k, v, key_lengths, out, lse, *(strides(x, step) for x in (q, k, v, out)),
-        scale, q.shape[1], k.shape[1], q.shape[2], NEGATIVE=scale < 0, **_constants(q, step, s),
+        scale, q.shape[1], k.shape[1], q.shape[2], NEGATIVE=scale < 0, **_constants(q, step, s, _whole_blocks(k, key_lengths, s)),
     )  # fmt: skip
     return out, lse
 
@@ -67,13 +72,14 @@ def attention_backward(
     written = grad_q if grad_q is not None else output
     launch(
         query_kernel, _programs(q, s.queries), grad, grad_lse, q, k, v, key_lengths, output, lse, delta, grad_q,
-        *(strides(x, step) for x in (grad, q, k, v, output, written)), *numbers, **_constants(q, step, s),
+        *(strides(x, step) for x in (grad, q, k, v, output, written)), *numbers, **_constants(q, step, s, _whole_blocks(k, key_lengths, s)),
     )  # fmt: skip
     if grad_k is not None or grad_v is not None:
         s, written = sizes("keys", q, k), grad_k if grad_k is not None else grad_v
         launch(
             key_kernel, _programs(k, s.keys), grad, q, k, v, key_lengths, lse, delta, grad_k, grad_v,
-            *(strides(x, step) for x in (grad, q, k, v, written)), *numbers, **_constants(q, step, s),
+            *(strides(x, step) for x in (grad, q, k, v, written)), *numbers,
+            **_constants(q, step, s, q.shape[1] % s.queries == 0),
         )  # fmt: skip
     return tuple(absent(q) if g is None else g for g in (grad_q, grad_k, grad_v))
 
@@ -87,6 +93,6 @@ def attention_dual(
     launch(
         dual_kernel, _programs(q, s.queries), q, k, v, key_lengths, t_q, t_k, t_v, out, lse, t_out, t_lse,
         *(strides(x, step) for x in (q, k, v, *tangents, out)), scale, q.shape[1], k.shape[1], q.shape[2],
-        NEGATIVE=scale < 0, **_constants(q, step, s),
+        NEGATIVE=scale < 0, **_constants(q, step, s, _whole_blocks(k, key_lengths, s)),
     )  # fmt: skip
     return out, lse, t_out, t_lse

@@ -1,0 +1,182 @@
+#include "cpu/torch.h"
+
+#include "fastdiff/variant_begin.h"
+
+#include "cpu/attention.h"
+
+namespace fastdiff::FASTDIFF_VARIANT {
+namespace {
+
+// Forward mode: as forward, with the tangents of logits beside the logits. A tangent that is absent is zero, and its products are not taken.
+
+template <class T>
+struct Tangents {
+  std::optional<Heads<T>> q, k, v;
+  bool of_logits() const { return q || k; }
+};
+
+template <class A>
+struct DualRoom {
+  int64_t rows, block, width;  // of keys, of queries at a time, of a row; padded
+  Arena<A> arena;
+  A *keys, *values, *t_keys, *t_values;
+  A *queries, *turned, *t_turned, *result, *t_result;
+  Columns<A> columns;
+  A *t_logits, *t_sum;
+
+  DualRoom(const Tensor& q, int64_t keys_)
+      : rows(padded(std::max<int64_t>(keys_, 1), kTileRows)),
+        block(std::min(kQueryBlock, padded(std::max<int64_t>(q.size(1), 1), kColumns<A>))),
+        width(padded(q.size(3), kColumns<A>)),
+        arena(q, 4 * rows * width + 5 * block * width + Columns<A>::size(block) + (kForwardKeys + 1) * block),
+        keys(arena.take(rows * width)),
+        values(arena.take(rows * width)),
+        t_keys(arena.take(rows * width)),
+        t_values(arena.take(rows * width)),
+        queries(arena.take(block * width)),
+        turned(arena.take(block * width)),
+        t_turned(arena.take(block * width)),
+        result(arena.take(block * width)),
+        t_result(arena.take(block * width)),
+        columns(arena, block),
+        t_logits(arena.take(kForwardKeys * block)),
+        t_sum(arena.take(block)) {}
+};
+
+// Turns tangents of logits [count, block] into tangents times exponentials, and adds them to each query's sum.
+template <class A>
+void weigh(const DualRoom<A>& room, int64_t count, bool first) {
+  for (int64_t c = 0; c < room.block; c += kLanes<A>) {
+    Lanes<A> sum{}, factor, weight, tangent;
+    if (!first) {
+      load_lanes(room.t_sum + c, sum);
+      load_lanes(room.columns.factor + c, factor);
+      sum *= factor;
+    }
+    for (int64_t k = 0; k < count;) {
+      Lanes<A> run{};
+      for (const int64_t stop = std::min(k + kRun, count); k < stop; ++k) {
+        load_lanes(room.columns.logits + k * room.block + c, weight);
+        load_lanes(room.t_logits + k * room.block + c, tangent);
+        tangent *= weight;
+        run += tangent;
+        store_lanes<A>(tangent, room.t_logits + k * room.block + c);
+      }
+      sum += run;
+    }
+    store_lanes<A>(sum, room.t_sum + c);
+  }
+}
+
+// The sums of a block of queries over all keys.
+template <class T>
+void attend(const Tangents<T>& tangents, const DualRoom<Acc<T>>& room, int64_t queries, int64_t keys, int64_t width) {
+  using A = Acc<T>;
+  const int64_t tiled = padded(queries, kTileRows), w = room.width, n = room.block;
+  for (int64_t k = 0; k < keys; k += kForwardKeys) {
+    const int64_t count = std::min(kForwardKeys, keys - k), tiled_keys = padded(count, kTileRows);
+    const bool more = k > 0;
+    multiply<A>({room.keys + k * w, w, 1}, room.turned, n, room.columns.logits, n, tiled_keys, width, n, false);
+    exponentials(room.columns, count, !more);
+    if (more) {
+      scale_rows(room.result, tiled, w, room.columns.factor);
+      scale_rows(room.t_result, tiled, w, room.columns.factor);
+    }
+    multiply<A>({room.columns.logits, 1, n}, room.values + k * w, w, room.result, w, tiled, count, w, more);
+    if (tangents.v) multiply<A>({room.columns.logits, 1, n}, room.t_values + k * w, w, room.t_result, w, tiled, count, w, more);
+    if (!tangents.of_logits()) continue;
+    if (tangents.q) multiply<A>({room.keys + k * w, w, 1}, room.t_turned, n, room.t_logits, n, tiled_keys, width, n, false);
+    if (tangents.k) multiply<A>({room.t_keys + k * w, w, 1}, room.turned, n, room.t_logits, n, tiled_keys, width, n, bool(tangents.q));
+    weigh(room, count, !more);
+    multiply<A>({room.t_logits, 1, n}, room.values + k * w, w, room.t_result, w, tiled, count, w, more || tangents.v);
+  }
+}
+
+template <class T>
+struct DualOutputs {
+  T *out, *t_out;
+  PerQuery<Acc<T>> lse, t_lse;
+};
+
+template <class T>
+void write_block(const DualOutputs<T>& to, const Heads<T>& q, int64_t b, int64_t h, int64_t begin, int64_t rows, const DualRoom<Acc<T>>& room) {
+  using A = Acc<T>;
+  for (int64_t r = 0; r < rows; ++r) {
+    const A inverse = A(1) / room.columns.sum[r], mean = room.t_sum[r] * inverse;
+    A *result = room.result + r * room.width, *t_result = room.t_result + r * room.width;
+#pragma omp simd
+    for (int64_t d = 0; d < q.width; ++d) {
+      result[d] *= inverse;
+      t_result[d] = t_result[d] * inverse - mean * result[d];
+    }
+    to.lse.head(b, h)[begin + r] = room.columns.log_sum(r);
+    to.t_lse.head(b, h)[begin + r] = mean;
+  }
+  const auto one = [](int64_t) { return A(1); };
+  write_head(to.out, q, b, h, begin, rows, room.result, room.width, one);
+  write_head(to.t_out, q, b, h, begin, rows, room.t_result, room.width, one);
+}
+
+template <class T>
+void dual(
+    const Tensor& q_, const Heads<T>& k, const Heads<T>& v, const Tangents<T>& tangents, const DualOutputs<T>& to, Acc<T> scale,
+    const KeyLengths& lengths) {
+  using A = Acc<T>;
+  const Heads<T> q(q_);
+  const int64_t blocks = (q.rows + kQueryBlock - 1) / kQueryBlock;
+  const int64_t work = kQueryBlock * std::max<int64_t>(k.rows, 1) * q.width;
+  torch::stable::parallel_for(0, q.batch * q.heads * blocks, std::max<int64_t>(1, (1 << 19) / work), [&](int64_t first, int64_t last) {
+    const DualRoom<A> room(q_, k.rows);
+    int64_t packed = -1;
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t unit = i / blocks, b = unit / q.heads, h = unit % q.heads, count = lengths[b];
+      const int64_t begin = i % blocks * kQueryBlock, rows = std::min(kQueryBlock, q.rows - begin);
+      if (unit != packed) {
+        k.copy(b, h, 0, count, padded(count, kTileRows), 1, room.keys, room.width);
+        v.copy(b, h, 0, count, count, 1, room.values, room.width);
+        if (tangents.k) tangents.k->copy(b, h, 0, count, padded(count, kTileRows), 1, room.t_keys, room.width);
+        if (tangents.v) tangents.v->copy(b, h, 0, count, count, 1, room.t_values, room.width);
+        packed = unit;
+      }
+      q.copy(b, h, begin, rows, room.block, scale, room.queries, room.width);
+      transpose(room.queries, room.block, room.width, room.width, room.turned, room.block);
+      if (tangents.q) {
+        tangents.q->copy(b, h, begin, rows, room.block, scale, room.queries, room.width);
+        transpose(room.queries, room.block, room.width, room.width, room.t_turned, room.block);
+      }
+      if (count == 0) {
+        std::fill(room.result, room.result + rows * room.width, A(0));
+        room.columns.forget(rows);
+      }
+      if (count == 0 || !(tangents.v || tangents.of_logits())) std::fill(room.t_result, room.t_result + room.block * room.width, A(0));
+      if (count == 0 || !tangents.of_logits()) std::fill(room.t_sum, room.t_sum + rows, A(0));
+      attend(tangents, room, rows, count, q.width);
+      write_block(to, q, b, h, begin, rows, room);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_dual(
+    const Tensor& q, const Tensor& k, const Tensor& v, double scale, OptionalTensor key_lengths, OptionalTensor t_q, OptionalTensor t_k,
+    OptionalTensor t_v) {
+  Tensor out = empty_as(q), lse = empty_per_query(q), t_out = empty_as(q), t_lse = empty_per_query(q);
+  const KeyLengths lengths(key_lengths, k.size(1));
+  dispatch(q.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Acc<T>;
+    const auto heads = [](const OptionalTensor& x) { return x ? std::optional<Heads<T>>(Heads<T>(*x)) : std::nullopt; };
+    const DualOutputs<T> to{write<T>(out), write<T>(t_out), {write<A>(lse), q.size(2), q.size(1)}, {write<A>(t_lse), q.size(2), q.size(1)}};
+    dual<T>(q, Heads<T>(k), Heads<T>(v), {heads(t_q), heads(t_k), heads(t_v)}, to, static_cast<A>(scale), lengths);
+  });
+  return {out, lse, t_out, t_lse};
+}
+
+}  // namespace
+}  // namespace fastdiff::FASTDIFF_VARIANT
+
+#include "fastdiff/variant_end.h"
+
+FASTDIFF_CPU_KERNELS(m) {
+  using namespace fastdiff::FASTDIFF_VARIANT;
+  m.impl("attention_dual", TORCH_BOX(&attention_dual));
+}
