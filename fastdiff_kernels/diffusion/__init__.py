@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .noise_levels import edm_weight, karras_sigmas, lognormal_sigmas, loguniform_sigmas, uniform_karras_sigmas
+from .online import OnlineSchedule
 from .optimize import optimize_schedule
 from .precond import EDMPrecond
 from .sampling import SampleResult, sample
@@ -13,6 +14,7 @@ __all__ = [
     "AdaptiveSkip",
     "EDMPrecond",
     "FixedSkip",
+    "OnlineSchedule",
     "SampleResult",
     "Schedule",
     "edm_weight",

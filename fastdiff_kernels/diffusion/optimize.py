@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import pairwise
-from typing import Protocol
+import math
+import os
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .._checks import check_count, check_positive
-from ._checks import check_samples
+from .._checks import check_choice, check_count, check_number
 from ._progress import progress_bar
-from .guidance import check_conditioning, take_rows
+from .costs import RawDenoiser, check_denoiser, corrector_costs, predictor_costs
+from .guidance import check_conditioning
+from .interval_costs import Batches, IntervalCosts
 from .noise_levels import check_range
 from .schedule import Schedule, log_grid
 
 
-class RawDenoiser(Protocol):
-    """What `optimize_schedule` asks of a denoiser; `EDMPrecond` is one."""
-
-    sigma_data: float
-
-    def raw(self, x: Tensor, sigma: Tensor, **conditioning: object) -> Tensor:
-        """The network output F under EDM preconditioning, at the unscaled x."""
-
-
-@torch.no_grad()
 def optimize_schedule(
     denoiser: RawDenoiser,
-    data: Tensor,
+    data: Tensor | Iterable[Tensor | tuple[Tensor, Mapping[str, object]]],
     num_steps: int,
     *,
     sigma_min: float,
@@ -38,112 +29,168 @@ def optimize_schedule(
     knots: int = 256,
     batch_size: int = 64,
     cost: str = "corrector",
+    rounds: int | None = None,
+    tolerance: float = 0.0,
+    damping: float = 1.0,
     conditioning: Mapping[str, object] | None = None,
     interpolation: str = "pchip",
     seed: int = 0,
+    path: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> Schedule:
-    """num_steps levels from sigma_max to sigma_min between which the score changes equally much, and a final 0.
+    """num_steps levels from sigma_max to sigma_min between which all steps cost the same, and a final 0.
 
-    On a grid of `knots` levels in geometric progression, every interval from sigma' down to sigma costs ::
+    cost "corrector" is the work of a Langevin corrector of velocity sigma; on a grid of `knots` levels in geometric progression, every
+    interval from sigma' down to sigma costs ::
 
         L = sigma^2 E_{x ~ p_sigma'} |s(x, sigma) - s(x, sigma')|^2
 
-    (the work of a Langevin corrector of velocity sigma), and the levels are those of equal sum of sqrt(L). The grid is fine and the
-    schedule is read off it: iterating the estimate on the coarse schedule itself under-counts the last, longest jumps.
+    and the levels are those of equal sum of sqrt(L). The grid is fine and the schedule is read off it: iterating the estimate on the
+    coarse schedule itself under-counts the last, longest jumps. Each round adds a batch to every interval.
+
+    cost "predictor" is what an Euler step leaves to be corrected, L = sigma^2 E |s(F(x), sigma) - score of (F moved p_sigma')|^2
+    (see `costs.predictor_costs`: many network calls, and a network that is twice differentiable). It is of fourth order in the step, so
+    that its root is no length, and moving the levels to equal sums of it overshoots; the fourth root is one. On a fine grid the
+    estimate drowns in noise. So each round estimates L on the current levels, from a geometric progression on, and moves them to equal
+    sums of L^(1/4), or by `damping` of the way there in ln sigma.
 
     Args:
         denoiser: offers `.raw(x, sigma, **conditioning)`, the network output F under EDM preconditioning, and `.sigma_data`, as
             `EDMPrecond` does: scores are differenced from F, since (D - x) / sigma^2 loses all digits at small sigma. It should compute
             in float32 there, and be in evaluation mode.
-        data: clean samples [N, ...] on the denoiser's device, float32 or float64.
+        data: clean samples [N, ...] on the denoiser's device, float32 or float64, drawn batch_size at a time; or an iterable of such
+            batches, or of pairs (batch, conditioning), of any size, one for each interval. An iterable that ends is started again.
         num_steps: levels without the final 0.
         knots: levels of the grid, at least 3; 256 place every level within 1 % of the exact ones for Gaussian data.
-        batch_size: samples per interval. The network is called once for each interval, on 2 batch_size rows.
-        cost: "corrector", the cost above; it is the only one.
-        conditioning: keyword arguments of the denoiser, tensors with a row for each datum or scalars.
+        batch_size: samples per interval and round. With "corrector" the network is called once for each, on 2 batch_size rows.
+        rounds: at most so many; 1 for "corrector" and 12 for "predictor" unless given.
+        tolerance: stop when every inner level is known (by its standard error), or, with "predictor", moves by, less than this in ln sigma.
+        conditioning: keyword arguments of the denoiser, tensors with a row for each datum or scalars; with an iterable, scalars.
         interpolation: of the running sum between the knots, "pchip" or "linear".
         seed: of the noise and of the order in which data are drawn; the same on every device.
+        path: a file that holds the estimate after every round; if it is there, the estimate continues from it.
         progress: show a progress bar (needs tqdm).
 
     Returns:
-        Schedule, with `.knots` and `.cost` of the grid and `.length` = sum of sqrt(cost).
+        Schedule, with `.knots` and `.cost` of the grid, the standard errors `.cost_error` and, in ln sigma, `.error` of the levels, and
+        `.length` = sum of sqrt(cost).
 
     Raises:
         TypeError: the denoiser has no `.raw` or `.sigma_data`; an argument of the wrong kind.
-        ValueError: an argument out of range; no data; conditioning without a row for each datum; costs not finite or all zero.
+        ValueError: an argument out of range; no data; conditioning without a row for each datum; a file of another estimate; costs not
+            finite or all zero.
     """
-    _check_denoiser(denoiser)
-    _check_data(data)
+    check_denoiser(denoiser)
     check_count(num_steps, "num_steps")
     check_range(sigma_min, sigma_max)
     check_count(knots, "knots", 3)
     check_count(batch_size, "batch_size")
     check_count(seed, "seed", 0)
-    if cost != "corrector":
-        raise ValueError(f"cost must be 'corrector', got {cost!r}")
-    if interpolation not in ("pchip", "linear"):
-        raise ValueError(f"interpolation must be 'pchip' or 'linear', got {interpolation!r}")
-    given = check_conditioning(conditioning, data.shape[0], "conditioning")
-
-    grid = log_grid(knots, sigma_min, sigma_max)
+    check_choice(cost, "cost", ("corrector", "predictor"))
+    check_choice(interpolation, "interpolation", ("pchip", "linear"))
+    rounds = check_count({"corrector": 1, "predictor": 12}[cost] if rounds is None else rounds, "rounds")
+    check_number(tolerance, "tolerance", minimum=0)
+    check_number(damping, "damping", above=0, maximum=1)
+    given = check_conditioning(conditioning, len(data), "conditioning") if isinstance(data, Tensor) else dict(conditioning or {})
+    batches = Batches(data, given, batch_size, seed)
+    if cost == "predictor" and num_steps < 3:
+        raise ValueError(f"num_steps must be at least 3 with cost='predictor', which moves the levels between the ends; got {num_steps}")
+    fit = _fit_corrector if cost == "corrector" else _fit_predictor
+    grid = log_grid(knots if cost == "corrector" else num_steps, sigma_min, sigma_max)
     grid[0], grid[-1] = sigma_max, sigma_min
-    costs = _estimate_costs(denoiser, data, given, grid, batch_size, seed, progress)
-    levels = ops.integrate_schedule(grid, costs, num_steps - 1, interpolation=interpolation) if num_steps > 1 else grid[:1]
-    return Schedule(torch.cat((levels, levels.new_zeros(1))), knots=grid, cost=costs)
+    estimate = IntervalCosts(grid, {"cost": cost, "seed": seed, "batch_size": batch_size}, path)
+    return fit(denoiser, batches, estimate, num_steps, rounds, tolerance, damping, interpolation, progress)
 
 
-def _estimate_costs(
+def _fit_corrector(
     denoiser: RawDenoiser,
-    data: Tensor,
-    conditioning: dict[str, object],
-    grid: Tensor,
-    batch_size: int,
-    seed: int,
+    batches: Batches,
+    estimate: IntervalCosts,
+    num_steps: int,
+    rounds: int,
+    tolerance: float,
+    damping: float,
+    interpolation: str,
     progress: bool,
-) -> Tensor:
-    # Fresh data and noise for every interval: errors average out along the running sum, where common ones would add up.
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    costs = torch.zeros(len(grid) - 1, dtype=torch.float64, device=data.device)
-    for index, (high, low) in enumerate(progress_bar(list(pairwise(grid.tolist())), progress, "schedule")):
-        first = index * batch_size
-        rows = order[torch.arange(first, first + batch_size) % len(data)].to(data.device)
-        clean, given = data[rows], take_rows(conditioning, rows)
-        costs[index] = _interval_costs(denoiser, clean, given, low, high, seed, first).mean()
-    return _check_costs(costs.cpu(), grid)
+) -> Schedule:
+    while estimate.rounds < rounds:
+        for interval in progress_bar(range(estimate.intervals), progress, "schedule"):
+            estimate.add(interval, batches.evaluate(corrector_costs, denoiser, estimate, interval))
+        estimate.finish_round()
+        estimate.save()
+        if estimate.rounds < rounds and _settled(_read_off(estimate, num_steps, interpolation), tolerance):
+            break
+    return _read_off(estimate, num_steps, interpolation)
 
 
-def _check_costs(costs: Tensor, grid: Tensor) -> Tensor:
-    broken = (~torch.isfinite(costs)).nonzero()
-    if len(broken):
-        at = int(broken[0])
-        raise ValueError(f"denoiser.raw gives a cost of {costs[at]:g} between sigma {grid[at]:g} and {grid[at + 1]:g}")
-    return costs
+def _settled(schedule: Schedule, tolerance: float) -> bool:
+    return schedule.error is not None and bool((schedule.error <= tolerance).all())
 
 
-def _interval_costs(
-    denoiser: RawDenoiser, clean: Tensor, conditioning: dict[str, object], low: float, high: float, seed: int, offset: int
-) -> Tensor:
-    x = ops.lcss_perturb(clean, high, seed, offset=offset)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    sigma = torch.tensor([low, high], dtype=dtype, device=x.device).repeat_interleave(len(x))  # [2 B]
-    twice = {key: torch.cat((value, value)) if isinstance(value, Tensor) else value for key, value in conditioning.items()}
-    raw_low, raw_high = denoiser.raw(torch.cat((x, x)), sigma, **twice).chunk(2)
-    return ops.incremental_cost(x, raw_low, raw_high, low, high, sigma_data=denoiser.sigma_data)  # [B]
+def _read_off(estimate: IntervalCosts, num_steps: int, interpolation: str) -> Schedule:
+    grid, cost = estimate.grid, estimate.means
+    levels = ops.integrate_schedule(grid, cost, num_steps - 1, interpolation=interpolation) if num_steps > 1 else grid[:1]
+    error = level_errors(grid, cost, estimate.error(), levels)
+    return _schedule(levels, grid, cost, estimate.error(), error)
 
 
-def _check_denoiser(denoiser: RawDenoiser) -> None:
-    for attribute in ("raw", "sigma_data"):
-        if not hasattr(denoiser, attribute):
-            raise TypeError(
-                f"denoiser must offer .raw(x, sigma) and .sigma_data, as EDMPrecond does; {type(denoiser).__name__} has no .{attribute}"
-            )
-    check_positive(denoiser.sigma_data, "denoiser.sigma_data")
+def _schedule(levels: Tensor, grid: Tensor, cost: Tensor, cost_error: Tensor, error: Tensor) -> Schedule:
+    zero = levels.new_zeros(1)
+    return Schedule(torch.cat((levels, zero)), knots=grid, cost=cost, cost_error=cost_error, error=torch.cat((error, zero)))
 
 
-def _check_data(data: Tensor) -> None:
-    check_samples(data, "data")
-    if data.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"data must be float32 or float64, since scores are differenced, got {data.dtype}")
-    if data.ndim < 2 or len(data) == 0:
-        raise ValueError(f"data must hold samples [N, ...] with N >= 1, got shape {list(data.shape)}")
+def level_errors(grid: Tensor, cost: Tensor, cost_error: Tensor, levels: Tensor) -> Tensor:
+    """Standard errors in ln sigma of levels read off `grid`: to first order in those of the intervals' costs, which are independent.
+
+    With R(sigma) the running sum of sqrt(cost) and f = R(level) / R(end), a level moves by (dR(level) - f dR(end)) / (dR / d ln sigma).
+    """
+    width = cost.clamp(min=1e-12 * float(cost.max())).sqrt()
+    variance = torch.cat((cost.new_zeros(1), (cost_error / (2 * width)).square().cumsum(0)))  # [K + 1]
+    running = torch.cat((cost.new_zeros(1), width.cumsum(0)))
+    depth, at = -grid.log(), -levels.log()  # both rise
+    interval = (torch.searchsorted(depth, at, right=True) - 1).clamp(0, len(cost) - 1)
+    share = ((at - depth[interval]) / (depth[interval + 1] - depth[interval])).clamp(0, 1)
+    known = variance[interval] + share * (variance[interval + 1] - variance[interval])
+    fraction = (running[interval] + share * width[interval]) / running[-1]
+    spread = ((1 - fraction).square() * known + fraction.square() * (variance[-1] - known)).sqrt()
+    speed = width[interval] / (depth[interval + 1] - depth[interval])
+    error = spread / speed
+    error[0] = 0.0
+    if len(error) > 1:
+        error[-1] = 0.0
+    return error
+
+
+def _fit_predictor(
+    denoiser: RawDenoiser,
+    batches: Batches,
+    estimate: IntervalCosts,
+    num_steps: int,
+    rounds: int,
+    tolerance: float,
+    damping: float,
+    interpolation: str,
+    progress: bool,
+) -> Schedule:
+    moved = math.inf
+    for _ in progress_bar(range(estimate.rounds, rounds), progress, "schedule"):
+        for interval in range(estimate.intervals):
+            estimate.add(interval, batches.evaluate(predictor_costs, denoiser, estimate, interval))
+        estimate.finish_round()
+        logs, target = estimate.grid.log(), _equal_fourth_roots(estimate, num_steps, interpolation)
+        moves = damping * (target.log() - logs)
+        estimate.move(torch.cat((estimate.grid[:1], (logs + moves)[1:-1].exp(), estimate.grid[-1:])))
+        estimate.save()
+        moved = float(moves.abs().max())
+        if moved <= tolerance:
+            break
+    grid, cost = estimate.last_grid, estimate.last_cost.clamp(min=0)
+    # Of the square roots, whose roots the levels are spaced by.
+    root_error = estimate.last_error / (2 * cost.clamp(min=1e-12 * float(cost.max())).sqrt())
+    error = level_errors(grid, cost.sqrt(), root_error, estimate.grid)
+    return _schedule(estimate.grid, grid, cost, estimate.last_error, error)
+
+
+def _equal_fourth_roots(estimate: IntervalCosts, num_steps: int, interpolation: str) -> Tensor:
+    # An estimate from products may fall below 0 where the cost is small.
+    return ops.integrate_schedule(estimate.grid, estimate.means.clamp(min=0).sqrt(), num_steps - 1, interpolation=interpolation)

@@ -23,11 +23,12 @@ class Schedule:
 
     Args:
         sigmas: at least two finite levels (a sequence, an array or a 1-D tensor). Only the last may be 0; it stands there when wanted.
-        knots, cost: where the schedule was optimised, the fine grid [K + 1] it was estimated on and the incremental costs [K].
+        knots, cost: where the schedule was optimised, the grid [K + 1] it was estimated on and the incremental costs [K].
+        cost_error, error: beside those, standard errors: of the costs [K], and of the levels, in ln sigma [num_steps + 1].
 
     Attributes:
         sigmas: the levels, float64 on the CPU, [num_steps + 1].
-        knots, cost: as given, float64 on the CPU, or None.
+        knots, cost, cost_error, error: as given, float64 on the CPU, or None.
 
     Raises:
         TypeError: sigmas is not numeric. ValueError: it is not 1-D, too short, not finite, negative or not strictly decreasing.
@@ -39,6 +40,8 @@ class Schedule:
         *,
         knots: Sequence[float] | np.ndarray | Tensor | None = None,
         cost: Sequence[float] | np.ndarray | Tensor | None = None,
+        cost_error: Sequence[float] | np.ndarray | Tensor | None = None,
+        error: Sequence[float] | np.ndarray | Tensor | None = None,
     ) -> None:
         self.sigmas = _levels(sigmas, "sigmas")
         if (knots is None) != (cost is None):
@@ -47,6 +50,8 @@ class Schedule:
         self.cost: Tensor | None = None
         if knots is not None:
             self.knots, self.cost = _costs(knots, cost)
+        self.cost_error = _errors(cost_error, self.cost, "cost_error", "cost")
+        self.error = _errors(error, None if cost is None else self.sigmas, "error", "sigmas of an optimised schedule")
 
     @classmethod
     def karras(cls, num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Schedule:
@@ -202,3 +207,14 @@ def _costs(knots: object, cost: object) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(costs).all() and (costs >= 0).all()):
         raise ValueError("cost must be finite and not negative")
     return grid, costs
+
+
+def _errors(errors: object, like: Tensor | None, name: str, like_name: str) -> Tensor | None:
+    if errors is None:
+        return None
+    if like is None:
+        raise ValueError(f"{name} comes beside knots and cost, which are None")
+    vector = _vector(errors, name)
+    if len(vector) != len(like) or not bool((vector >= 0).all()):
+        raise ValueError(f"{name} must hold {len(like)} numbers of at least 0, as many as {like_name}; got {vector.tolist()}")
+    return vector

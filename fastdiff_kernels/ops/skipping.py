@@ -169,16 +169,14 @@ def solver_step(
     if keep_noise and denoised is None:
         raise ValueError(f"{op}: keep_noise needs denoised, which is None; a reused prediction is not a new one")
     at = sigma if at is None else at
-    reuse_at = at if reuse_at is None else reuse_at
-    args = (
-        *(x, denoised, uncond, rows, newest, older, previous, point, older1, older0, state, sigma, sigma_next, guidance, at),
-        *(reuse_at, previous_weight, *scales, mode, threshold, max_skip, keep_noise, keep_denoised),
-    )
-    if _may_differentiate(args[:11]):
-        return SolverStep(*_solver_step(*args))
+    tensors = (x, denoised, uncond, rows, newest, older, previous, point, older1, older0, state)
+    levels = (sigma, sigma_next, guidance, at, at if reuse_at is None else reuse_at, previous_weight, *scales)
+    rule = (mode, threshold, max_skip, keep_noise, keep_denoised)
+    if _may_differentiate(tensors):
+        return SolverStep(*_solver_step(*tensors, *levels, *rule))
     # The key that refuses derivatives costs more than a small step does.
     with torch._C._AutoDispatchBelowAutograd():
-        return SolverStep(*_solver_step(*args))
+        return SolverStep(*_solver_step(*tensors, *levels, *rule))
 
 
 def _may_differentiate(tensors: Sequence[Tensor | None]) -> bool:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastdiff_kernels.diffusion import EDMPrecond, Schedule, optimize_schedule
+from fastdiff_kernels.diffusion.interval_costs import IntervalCosts
 
 from .oracles import GaussianNetwork, column, gaussian_denoiser, gaussian_length, geodesic
 
@@ -143,12 +147,12 @@ def test_conditioning_follows_its_datum() -> None:
     optimize_schedule(
         spy, data, 3, sigma_min=0.01, sigma_max=0.1, knots=8, batch_size=4, conditioning={"class_labels": labels, "mode": "a"}
     )
-    seen = torch.cat([given["class_labels"][:4] for _, _, given in spy.calls])
+    seen = torch.cat([arguments["class_labels"][:4] for _, _, arguments in spy.calls])
     assert sorted(seen.tolist()) == sorted(4 * list(range(7))), "every datum is drawn equally often"
-    for x, _, given in spy.calls:
-        assert torch.equal(given["class_labels"][:4], given["class_labels"][4:])
-        assert given["mode"] == "a"
-        assert (x - 100.0 * given["class_labels"][:, None]).abs().max() < 1
+    for x, _, arguments in spy.calls:
+        assert torch.equal(arguments["class_labels"][:4], arguments["class_labels"][4:])
+        assert arguments["mode"] == "a"
+        assert (x - 100.0 * arguments["class_labels"][:, None]).abs().max() < 1
 
 
 def test_seed_decides_all_and_leaves_the_global_generator_alone() -> None:
@@ -215,8 +219,15 @@ def _fails(error: type[Exception], message: str, **change: object) -> object:
         _fails(ValueError, "knots must be at least 3", knots=2),
         _fails(ValueError, "batch_size must be at least 1", batch_size=0),
         _fails(ValueError, "seed must be at least 0", seed=-1),
-        _fails(ValueError, "cost must be 'corrector', got 'predictor'", cost="predictor"),
-        _fails(ValueError, "interpolation must be 'pchip' or 'linear', got 'cubic'", interpolation="cubic"),
+        _fails(ValueError, "cost must be one of 'corrector', 'predictor', got 'both'", cost="both"),
+        _fails(ValueError, "num_steps must be at least 3 with cost='predictor'", cost="predictor", num_steps=2),
+        _fails(ValueError, "rounds must be at least 1", rounds=0),
+        _fails(ValueError, "tolerance must be finite and >= 0, got -1.0", tolerance=-1.0),
+        _fails(ValueError, "damping must be finite and > 0 and <= 1, got 0.0", damping=0.0),
+        _fails(TypeError, "data must be a tensor or an iterable of batches, got int", data=3),
+        _fails(ValueError, "data gives no batch when started again", data=[]),
+        _fails(ValueError, "conditioning must hold scalars", data=[torch.ones(4, 3)], conditioning={"place": torch.ones(4)}),
+        _fails(ValueError, "interpolation must be one of 'pchip', 'linear', got 'cubic'", interpolation="cubic"),
         _fails(ValueError, r"conditioning\['place'\] must have one row for each of the 4 samples", conditioning={"place": torch.ones(3)}),
     ],
 )
@@ -236,3 +247,81 @@ def test_scores_that_are_not_finite_are_reported(factor: float) -> None:
 
     with pytest.raises(ValueError, match=r"denoiser.raw gives a cost of (nan|inf) between sigma 8 and"):
         optimize_schedule(Broken(), torch.ones(4, 3), 3, sigma_min=0.1, sigma_max=8.0, knots=4)
+
+
+def test_costs_that_are_all_zero_are_reported() -> None:
+    costs = IntervalCosts(torch.tensor([8.0, 1.0, 0.1], dtype=torch.float64), {})
+    for interval in (0, 1):
+        costs.add(interval, torch.zeros(4))
+    with pytest.raises(ValueError, match=r"denoiser.raw gives no cost above 0 between sigma 8 and 0.1; its score must change with sigma"):
+        costs.finish_round()
+
+
+@settings(max_examples=15, deadline=None)
+@given(c=st.floats(0.2, 1.5), low=st.floats(0.01, 0.3), high=st.floats(2.0, 60.0), steps=st.integers(2, 20))
+def test_any_gaussian_gives_its_geodesic(c: float, low: float, high: float, steps: int) -> None:
+    """Up to the sampling error that the schedule itself reports and the grid's own."""
+    schedule = optimize_schedule(
+        EDMPrecond(GaussianNetwork(c)), gaussian_data(c, 200, 1024), steps + 1, sigma_min=low, sigma_max=high, knots=192, batch_size=8
+    )
+    exact = np.log(geodesic(gaussian_length(c), steps, low, high))
+    allowed = 5 * schedule.error[:-1].numpy() + 1.5e-2
+    assert (np.abs(schedule.sigmas[:-1].log().numpy() - exact) < allowed).all()
+
+
+def test_errors_of_the_levels_are_those_of_repetition() -> None:
+    """Reported standard errors against the spread over seeds."""
+    denoiser, data = EDMPrecond(GaussianNetwork(0.5)), gaussian_data(0.5, 4000, 16)
+
+    def optimise(seed: int) -> Schedule:
+        return optimize_schedule(denoiser, data, 7, sigma_min=0.05, sigma_max=20.0, knots=64, batch_size=16, seed=seed)
+
+    found = [optimise(seed) for seed in range(40)]
+    spread = torch.stack([s.sigmas[:-1].log() for s in found]).std(0)
+    reported = torch.stack([s.error[:-1] for s in found]).mean(0)
+    assert reported[[0, -1]].tolist() == [0, 0]
+    assert (reported[1:-1] / spread[1:-1]).numpy() == pytest.approx(np.ones(5), abs=0.35)
+    costs = torch.stack([s.cost for s in found])
+    errors = torch.stack([s.cost_error for s in found])
+    assert float((errors.mean(0) / costs.std(0)).mean()) == pytest.approx(1, abs=0.1)
+
+
+def test_rounds_add_batches_until_the_levels_are_known() -> None:
+    spy = SpyDenoiser()
+    options = {"sigma_min": 0.1, "sigma_max": 10.0, "knots": 5, "batch_size": 4}
+    data = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    once = optimize_schedule(spy, data, 4, **options)
+    assert len(spy.calls) == 4
+    more = optimize_schedule(spy, data, 4, rounds=20, **options)
+    assert len(spy.calls) == 4 + 80
+    assert float(more.error.max()) < 0.5 * float(once.error.max())
+    tolerance = 1.1 * float(more.error.max())
+    optimize_schedule(spy, data, 4, rounds=1000, tolerance=tolerance, **options)
+    assert 84 + 20 < len(spy.calls) < 84 + 4 * 40
+
+
+def test_an_interrupted_estimate_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    denoiser, data, path = EDMPrecond(GaussianNetwork(0.4)), gaussian_data(0.4, 50, 8), tmp_path / "schedule.pt"
+    options = {"sigma_min": 0.02, "sigma_max": 8.0, "knots": 32, "batch_size": 4}
+    whole = optimize_schedule(denoiser, data, 5, rounds=6, **options)
+    first = optimize_schedule(denoiser, data, 5, rounds=2, path=path, **options)
+    spy = SpyDenoiser()
+    again = optimize_schedule(spy, data, 5, rounds=2, path=path, **options)
+    assert spy.calls == []
+    assert torch.equal(again.sigmas, first.sigmas)
+    resumed = optimize_schedule(denoiser, data, 5, rounds=6, path=path, **options)
+    assert torch.equal(resumed.sigmas, whole.sigmas)
+    assert torch.equal(resumed.cost_error, whole.cost_error)
+    with pytest.raises(ValueError, match=r"path: .* holds an estimate with"):
+        optimize_schedule(denoiser, data, 5, path=path, **{**options, "knots": 33})
+
+
+def test_batches_may_be_streamed_with_their_conditioning() -> None:
+    spy = SpyDenoiser()
+    stream = [(100.0 * torch.full((size, 3), float(size)), {"place": torch.full((size,), float(size))}) for size in (2, 5, 3)]
+    optimize_schedule(spy, stream, 3, sigma_min=0.01, sigma_max=0.1, knots=8, conditioning={"mode": "a"})
+    sizes = [len(x) // 2 for x, _, _ in spy.calls]
+    assert sizes == [2, 5, 3, 2, 5, 3, 2]
+    for x, _, arguments in spy.calls:
+        assert arguments["mode"] == "a"
+        assert (x - 100.0 * arguments["place"][:, None]).abs().max() < 1

@@ -1,0 +1,161 @@
+"""Running estimates of the costs of a grid's intervals: from streams of batches, with standard errors, to a file and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ._checks import check_samples
+from .costs import RawDenoiser
+from .guidance import check_conditioning, take_rows
+
+Costs = Callable[[RawDenoiser, Tensor, dict[str, object], float, float, int, int], Tensor]
+
+
+class Batches:
+    """Fresh data and noise for every interval: errors average out along the running sum, where common ones would add up."""
+
+    def __init__(
+        self,
+        data: Tensor | Iterable[Tensor | tuple[Tensor, Mapping[str, object]]],
+        conditioning: dict[str, object],
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        if not isinstance(data, Tensor) and not isinstance(data, Iterable):
+            raise TypeError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")
+        if isinstance(data, Tensor):
+            check_data(data)
+            self.order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        elif isinstance(data, (list, tuple)) and not all(isinstance(item, (Tensor, tuple)) for item in data):
+            raise TypeError("data must be a tensor or an iterable of batches, got a sequence of other things")
+        elif any(isinstance(value, Tensor) for value in conditioning.values()):
+            raise ValueError("conditioning must hold scalars where data is an iterable; its batches bring their own tensors")
+        self.data, self.conditioning, self.batch_size, self.seed = data, conditioning, batch_size, seed
+        self.stream: Iterator | None = None
+
+    def evaluate(self, costs: Costs, denoiser: RawDenoiser, estimate: IntervalCosts, interval: int) -> Tensor:
+        """Costs of one interval for the next batch, [B]. Which noise and, of a tensor, which data depends on what `estimate` has seen."""
+        first = estimate.samples
+        clean, given = self._drawn(self.data, first) if isinstance(self.data, Tensor) else self._streamed()
+        high, low = estimate.grid[interval].item(), estimate.grid[interval + 1].item()
+        return costs(denoiser, clean, given, low, high, self.seed, first)
+
+    def _drawn(self, data: Tensor, first: int) -> tuple[Tensor, dict[str, object]]:
+        rows = self.order[torch.arange(first, first + self.batch_size) % len(data)].to(data.device)
+        return data[rows], take_rows(self.conditioning, rows)
+
+    def _streamed(self) -> tuple[Tensor, dict[str, object]]:
+        if self.stream is None:
+            self.stream = iter(self.data)
+        item = next(self.stream, None)
+        if item is None:
+            self.stream = iter(self.data)
+            item = next(self.stream, None)
+        if item is None:
+            raise ValueError("data gives no batch when started again; it must be an iterable that can be, such as a list or a DataLoader")
+        clean, given = item if isinstance(item, tuple) else (item, {})
+        check_data(clean)
+        return clean, {**self.conditioning, **check_conditioning(given, len(clean), "the batch's conditioning")}
+
+
+class IntervalCosts:
+    """Counts, means and squared deviations of the costs of every interval between the levels of `grid`, falling, float64 [K + 1].
+
+    Attributes:
+        rounds: how often every interval was given a batch. samples: how many rows all intervals were given together.
+        last_grid, last_cost, last_error: of the grid before the last `move`.
+
+    With a path the estimate is read from it, where it exists, and written to it after every round.
+    """
+
+    def __init__(self, grid: Tensor, settings: dict[str, object], path: str | os.PathLike | None = None) -> None:
+        self.grid, self.path = grid, None if path is None else Path(path)
+        self.settings = {**settings, "levels": len(grid), "from": float(grid[0]), "to": float(grid[-1])}
+        self.rounds = self.samples = 0
+        self.parts: list[tuple[int, int, Tensor]] = []
+        self._clear()
+        self.last_grid, self.last_cost, self.last_error = self.grid, self.means, self.means
+        if self.path is not None and self.path.exists():
+            self._load(self.path)
+
+    @property
+    def intervals(self) -> int:
+        return len(self.grid) - 1
+
+    def add(self, interval: int, costs: Tensor) -> None:
+        """Costs [B] of one interval; looked at when the round is finished, so that a GPU need not be waited for before."""
+        self.parts.append((interval, len(costs), torch.stack((costs.double().mean(), costs.double().var(unbiased=False)))))
+        self.samples += len(costs)
+
+    def finish_round(self) -> None:
+        """Merges what was added; ValueError where a cost is not finite, or all are 0."""
+        values = torch.stack([part for _, _, part in self.parts]).cpu()  # [parts, 2]
+        for (interval, count, _), (mean, variance) in zip(self.parts, values.tolist(), strict=True):
+            self._merge(interval, count, mean, variance)
+        self.parts = []
+        self._check()
+        self.rounds += 1
+
+    def move(self, levels: Tensor) -> None:
+        """Goes on with other levels, of whose intervals nothing is known yet."""
+        self.last_grid, self.last_cost, self.last_error = self.grid, self.means, self.error()
+        self.grid = levels
+        self._clear()
+
+    def error(self) -> Tensor:
+        """Standard errors of the mean costs, [K]; infinite for a single sample."""
+        return (self.squares / (self.counts - 1).clamp(min=0) / self.counts).sqrt().nan_to_num(nan=torch.inf)
+
+    def save(self) -> None:
+        """Writes the file at once or not at all."""
+        if self.path is None:
+            return
+        tensors = {name: getattr(self, name) for name in self._TENSORS}
+        partial = self.path.with_name(self.path.name + ".partial")
+        torch.save({"settings": self.settings, "rounds": self.rounds, "samples": self.samples, **tensors}, partial)
+        partial.replace(self.path)
+
+    _TENSORS = ("grid", "counts", "means", "squares", "last_grid", "last_cost", "last_error")
+
+    def _load(self, path: Path) -> None:
+        held = torch.load(path, weights_only=True)
+        if held["settings"] != self.settings:
+            raise ValueError(f"path: '{path}' holds an estimate with {held['settings']}, got {self.settings}")
+        for name in (*self._TENSORS, "rounds", "samples"):
+            setattr(self, name, held[name])
+
+    def _clear(self) -> None:
+        self.counts, self.means, self.squares = torch.zeros(3, self.intervals, dtype=torch.float64)
+        self.parts = []
+
+    def _merge(self, interval: int, count: int, mean: float, variance: float) -> None:
+        held = float(self.counts[interval])
+        step = mean - float(self.means[interval])
+        total = held + count
+        self.counts[interval] = total
+        self.means[interval] += step * count / total
+        self.squares[interval] += variance * count + step**2 * held * count / total
+
+    def _check(self) -> None:
+        broken = (~torch.isfinite(self.means)).nonzero()
+        if len(broken):
+            at = int(broken[0])
+            raise ValueError(f"denoiser.raw gives a cost of {self.means[at]:g} between sigma {self.grid[at]:g} and {self.grid[at + 1]:g}")
+        if not bool((self.means > 0).any()):
+            raise ValueError(
+                f"denoiser.raw gives no cost above 0 between sigma {self.grid[0]:g} and {self.grid[-1]:g}; its score must change with sigma"
+            )
+
+
+def check_data(data: Tensor) -> None:
+    """Samples [N, ...], N >= 1, in a dtype that scores can be differenced in."""
+    check_samples(data, "data")
+    if data.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"data must be float32 or float64, since scores are differenced, got {data.dtype}")
+    if data.ndim < 2 or len(data) == 0:
+        raise ValueError(f"data must hold samples [N, ...] with N >= 1, got shape {list(data.shape)}")
