@@ -221,8 +221,9 @@ def _backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(tokens, ROWS_PER_PROGRAM)
     b = program // blocks
-    first = program % blocks * ROWS_PER_PROGRAM + tl.arange(0, ROWS)[:, None]
-    stop = tl.minimum(program % blocks * ROWS_PER_PROGRAM + ROWS_PER_PROGRAM, tokens)
+    begin = program % blocks * ROWS_PER_PROGRAM
+    stop = tl.minimum(begin + ROWS_PER_PROGRAM, tokens)
+    first = begin + tl.arange(0, ROWS)[:, None]
     CHUNKS: tl.constexpr = (CHANNELS + CHUNK - 1) // CHUNK
     gate_sums = _zeros(GATE, CHUNKS, ROWS, CHUNK, ACCUMULATOR)
     weight_sums = _zeros(WEIGHT, CHUNKS, ROWS, CHUNK, ACCUMULATOR)

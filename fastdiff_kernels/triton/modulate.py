@@ -64,7 +64,7 @@ def _backward_tile(channels: int, dtype: torch.dtype) -> Tile:
 def _rows_per_program(tokens: int) -> int:
     # It depends on neither batch nor GPU, so that sums over a sample's rows do not: enough programs for one sample of a few hundred tokens
     # to occupy a good part of a GPU, against partial sums that cost a fraction 1 / rows of the traffic.
-    return 8 if tokens <= 256 else 16 if tokens <= 2048 else 32
+    return min(triton.next_power_of_2(tokens), 8 if tokens <= 256 else 16 if tokens <= 2048 else 32)
 
 
 def _unit_stride(x: Tensor | None) -> Tensor | None:
