@@ -209,7 +209,7 @@ def _normalise_backward(first_grad, second_grad, first, second, mean_square, fac
     if PLAN.norm == "pixel":
         # At 0 the norm is differentiable, and this term vanishes.
         root = tl.sqrt(mean_square)
-        along = tl.where(root > 0, along / root, 0.0)
+        along = tl.where(root > 0, along / tl.where(root > 0, root, 1.0), 0.0)
     else:
         along *= factor
     if PLAN.norm == "layer":
