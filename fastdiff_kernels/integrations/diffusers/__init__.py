@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .._report import Entry, PatchReport
+from ._denoiser import ModelDenoiser, as_denoiser
 from ._patch import patch, unpatch
 
-__all__ = ["Entry", "PatchReport", "patch", "unpatch"]
+__all__ = ["Entry", "ModelDenoiser", "PatchReport", "as_denoiser", "patch", "unpatch"]

@@ -145,7 +145,7 @@ def _patch_attention(name: str, module: Any) -> Entry:
     processor = module.processor
     if isinstance(processor, _processors.FUSED):
         return Entry(name, type(processor.replaced).__name__, replacement=type(processor).__name__)
-    reason = _processors.refusal(module) or difference(type(processor))
+    reason = _processors.refusal(module) or _difference(processor)
     if reason is not None:
         return Entry(name, type(processor).__name__, reason=reason)
     module.set_processor(_processors.REPLACEMENTS[type(processor)](processor))
@@ -161,7 +161,7 @@ def _patch_resnet(name: str, block: Any, found: dict[int, Entry]) -> None:
         reason = f"the activation after it is {type(block.nonlinearity).__name__}"
     if reason is None and not type(block.norm1) is type(block.norm2) is nn.GroupNorm:
         reason = "its block has another norm than GroupNorm"
-    reason = reason or difference(type(block))
+    reason = reason or _difference(block)
     kinds = {part: type(module).__name__ for part, module in parts.items()}
     if reason is None:
         swap_resnet(block)
@@ -172,7 +172,8 @@ def _patch_resnet(name: str, block: Any, found: dict[int, Entry]) -> None:
 
 def _patch_output(prefix: str, model: Any, found: dict[int, Entry]) -> None:
     """A U-Net's last norm and activation, which its forward calls one after the other."""
-    norm, activation = model.conv_norm_out, getattr(model, "conv_act", None)
+    norm: Any = model.conv_norm_out
+    activation: Any = getattr(model, "conv_act", None)
     if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU or _refused(norm) or _refused(activation):
         return
     base = next(base for base in type(model).__mro__ if base.__name__ in MODELS)
@@ -180,8 +181,13 @@ def _patch_output(prefix: str, model: Any, found: dict[int, Entry]) -> None:
         found[id(activation)] = Entry(_join(prefix, "conv_act"), "SiLU", reason=reason)
         return
     swap_output(model)
-    for part, module in (("conv_norm_out", norm), ("conv_act", activation)):
-        found[id(module)] = Entry(_join(prefix, part), module.replaces.__name__, replacement=type(module).__name__)
+    found[id(norm)] = Entry(_join(prefix, "conv_norm_out"), "GroupNorm", replacement=type(norm).__name__)
+    found[id(activation)] = Entry(_join(prefix, "conv_act"), "SiLU", replacement=type(activation).__name__)
+
+
+def _difference(module: Any) -> str | None:
+    kind: Any = type(module)
+    return difference(kind)
 
 
 def _refused(module: Any) -> str | None:

@@ -1,0 +1,173 @@
+"""Denoisers made of a model and a scheduler: exact where the data are Gaussian, equal to the scheduler's own, and good for the recipes."""
+
+from __future__ import annotations
+
+import math
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdiff_kernels.diffusion import optimize_schedule, sample
+from fastdiff_kernels.distill import MomentMatchingDistiller, SIMDistiller
+from fastdiff_kernels.integrations.diffusers import as_denoiser, patch
+from tests.integrations.models import BY_NAME, randn, unet_2d
+
+DATA = 0.7  # standard deviation of the Gaussian data
+KINDS = ("epsilon", "v_prediction", "sample", "flow", "edm", "edm_v")
+
+
+def scheduler(kind: str):
+    if kind == "flow":
+        return diffusers.FlowMatchEulerDiscreteScheduler()
+    if kind.startswith("edm"):
+        return diffusers.EDMEulerScheduler(sigma_data=0.5, prediction_type="v_prediction" if kind == "edm_v" else "epsilon")
+    return diffusers.DDPMScheduler(prediction_type=kind)
+
+
+class Exact(nn.Module):
+    """What a perfect model of data N(0, DATA^2) returns in each convention, at the sigma its timestep stands for."""
+
+    def __init__(self, kind: str, sigma: float) -> None:
+        super().__init__()
+        self.kind, self.sigma = kind, sigma
+        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.times: list[Tensor] = []
+
+    def forward(self, x: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        self.times.append(timestep)
+        s = self.sigma
+        if self.kind == "flow":
+            x = x * (1 + s)
+        elif self.kind.startswith("edm"):
+            x = x * math.hypot(s, 0.5)
+        else:
+            x = x * math.hypot(1, s)
+        denoised = x * DATA**2 / (DATA**2 + s**2)
+        noise = (x - denoised) / s
+        v = s**2 + 0.25
+        output = {
+            "epsilon": noise,
+            "v_prediction": (noise - s * denoised) / math.hypot(1, s),
+            "sample": denoised,
+            "flow": noise - denoised,
+            "edm": (denoised - 0.25 / v * x) * math.sqrt(v) / (0.5 * s),
+            "edm_v": -(denoised - 0.25 / v * x) * math.sqrt(v) / (0.5 * s),
+        }[self.kind]
+        return (output + self.weight,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sigma", [0.02, 0.7, 12.0])
+def test_gaussian_data_give_the_exact_denoiser_and_raw_output(kind: str, sigma: float) -> None:
+    x = randn(3, 2, 4, 4).double() * math.hypot(sigma, DATA)
+    model = Exact(kind, sigma)
+    denoiser = as_denoiser(model, scheduler(kind), sigma_data=0.5)
+    exact = x * DATA**2 / (DATA**2 + sigma**2)
+    torch.testing.assert_close(denoiser(x, sigma), exact, rtol=1e-12, atol=1e-12)
+    c_skip, c_out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / math.hypot(sigma, 0.5)
+    torch.testing.assert_close(denoiser.raw(x, sigma), (exact - c_skip * x) / c_out, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_it_agrees_with_ddpms_own_prediction_at_every_timestep(kind: str) -> None:
+    ddpm = diffusers.DDPMScheduler(prediction_type=kind, clip_sample=False)
+    model = BY_NAME["UNet2DModel"].model()
+    denoiser = as_denoiser(model, ddpm)
+    for time in (1, 400, 998):
+        abar = ddpm.alphas_cumprod[time].double()
+        sigma = ((1 - abar) / abar).sqrt()
+        scaled = randn(2, 3, 8, 8)
+        output = model(scaled, time, return_dict=False)[0]
+        expected = ddpm.step(output, time, scaled).pred_original_sample
+        actual = denoiser(scaled * float((1 + sigma**2).sqrt()), float(sigma))
+        # x goes to float32 unscaled and back.
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(sigma))
+
+
+def test_flow_times_are_those_of_the_pipelines() -> None:
+    for sigma in (0.25, 4.0):
+        model = Exact("flow", sigma)
+        as_denoiser(model, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))(torch.ones(2, 1), sigma)
+        torch.testing.assert_close(model.times[0], torch.full((2,), 1000 * sigma / (1 + sigma)))
+    flux = BY_NAME["FluxTransformer2DModel"]
+    denoiser = as_denoiser(flux.model(), diffusers.FlowMatchEulerDiscreteScheduler())
+    assert denoiser.parametrisation.time(torch.ones(1)).item() == 0.5
+    inputs = {key: v for key, v in flux.inputs().items() if key not in ("hidden_states", "timestep")}
+    assert denoiser(randn(2, 12, 4), 1.0, **inputs).shape == (2, 12, 4)
+
+
+def test_timesteps_run_between_the_integers() -> None:
+    ddpm = diffusers.DDPMScheduler()
+    table = ((1 - ddpm.alphas_cumprod) / ddpm.alphas_cumprod).double().sqrt()
+    parametrisation = as_denoiser(BY_NAME["UNet2DModel"].model(), ddpm).parametrisation
+    times = parametrisation.time(torch.stack((table[0], table[500], (table[500] * table[501]).sqrt(), table[999])))
+    torch.testing.assert_close(times, torch.tensor([0, 500, 500.5, 999], dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    assert parametrisation.time(torch.tensor([1e-6, 1e6])).tolist() == [0, 999]
+
+
+def test_zero_terminal_snr_has_finite_times() -> None:
+    ddpm = diffusers.DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    time = as_denoiser(BY_NAME["UNet2DModel"].model(), ddpm).parametrisation.time(torch.tensor([1.0, 1e5]))
+    assert torch.isfinite(time).all()
+
+
+def test_a_learned_variance_is_left_out() -> None:
+    case = BY_NAME["DiTTransformer2DModel"]
+    model = type(case.model())(**{**case.model().config, "out_channels": 8}).eval()
+    denoiser = as_denoiser(model, diffusers.DDIMScheduler())
+    labels = torch.tensor([1, 2])
+    assert denoiser(randn(2, 4, 8, 8), 2.0, class_labels=labels).shape == (2, 4, 8, 8)
+
+
+def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:
+    model, ddpm = BY_NAME["DiTTransformer2DModel"].model(), diffusers.DDIMScheduler()
+    x, labels, null = randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([1000])
+    plain = as_denoiser(model, ddpm)
+    guided = as_denoiser(model, ddpm, guidance=3.0, unconditional={"class_labels": null})
+    conditional, absent = plain(x, 2.0, class_labels=labels), plain(x, 2.0, class_labels=null.expand(2))
+    torch.testing.assert_close(guided(x, 2.0, class_labels=labels), absent + 3 * (conditional - absent), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_in_bfloat16_denoises_float32() -> None:
+    case = BY_NAME["UNet2DModel"]
+    denoised = as_denoiser(case.model(torch.bfloat16), diffusers.DDPMScheduler())(randn(2, 3, 8, 8), 1.0)
+    assert denoised.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((nn.Linear(1, 1), object()), TypeError, "scheduler must be a diffusers scheduler, got object"),
+        ((object(), None), TypeError, "model must be a torch.nn.Module"),
+        ((nn.Linear(1, 1), diffusers.VQDiffusionScheduler(4)), TypeError, "must have alphas_cumprod, or be FlowMatch... or EDM..."),
+        ((nn.Linear(1, 1), diffusers.EDMEulerScheduler(prediction_type="sample")), ValueError, "'epsilon' or 'v_prediction', got 'sample'"),
+    ],
+)
+def test_what_cannot_be_a_denoiser_is_refused(arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        as_denoiser(*arguments)
+
+
+def test_guidance_alone_and_time_scales_of_no_flow_are_refused() -> None:
+    with pytest.raises(ValueError, match="guidance needs unconditional"):
+        as_denoiser(nn.Linear(1, 1), diffusers.DDPMScheduler(), guidance=2.0)
+    with pytest.raises(ValueError, match="time_scale is for flow models"):
+        as_denoiser(nn.Linear(1, 1), diffusers.DDPMScheduler(), time_scale=1.0)
+
+
+def test_a_patched_model_is_sampled_scheduled_and_distilled() -> None:
+    model = unet_2d(block_out_channels=(8, 8), attention_head_dim=4)
+    patch(model)
+    denoiser = as_denoiser(model, diffusers.DDPMScheduler(), sigma_data=0.5)
+    data = randn(8, 3, 8, 8) * 0.5
+    schedule = optimize_schedule(denoiser.eval(), data, 3, sigma_min=0.05, sigma_max=20, knots=5, batch_size=2)
+    result = sample(denoiser, randn(2, 3, 8, 8), schedule, solver="euler")
+    assert result.nfe == 3
+    assert torch.isfinite(result.samples).all()
+    sim = SIMDistiller(denoiser, sample_shape=(3, 8, 8))
+    assert math.isfinite(sim.step(2)["gap"])
+    student = MomentMatchingDistiller(denoiser, num_steps=2)
+    assert math.isfinite(student.step(data[:2])["gap"])
+    assert sim.sample(2).shape == student.sample(2).shape == (2, 3, 8, 8)
