@@ -69,7 +69,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, k
         # What stands in the padding may be NaN, which a probability of zero would not remove.
         k, v = (t.masked_fill(~mask[:, :, None, None], 0) for t in (k, v))
         mask = mask[:, None, None]
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), mask, scale=scale).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
 
 
 def _public(op: Op) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from ._checks import divides
 
 # c_noise = ln(sigma)/4 spans about 3 units; these wavelengths resolve a factor e in sigma and still tell the two ends apart.
 _LONGEST_WAVE, _SHORTEST_WAVE = 16.0, 0.5
+
+Projection = TypeVar("Projection", nn.Linear, nn.Conv2d)
 
 
 class ConditionEmbedding(nn.Module):
@@ -82,7 +85,7 @@ def axial_rope(
     return angles.cos(), angles.sin()
 
 
-def zero_init(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+def zero_init(module: Projection) -> Projection:
     """Zero a projection, so that the branch it closes starts as nothing."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:

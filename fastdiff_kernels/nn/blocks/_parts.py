@@ -38,6 +38,15 @@ def feed_forward(dim: int, mlp_ratio: float) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
 
+def pixels(x: Tensor) -> Tensor:
+    """The pixels of a feature map [B, C, H, W] as rows [B, H * W, C].
+
+    Contiguous, since PyTorch multiplies strided rows sample by sample: it then adds the bias in a pass of its own, over more than the copy,
+    and makes the weight's gradient once for each sample.
+    """
+    return x.flatten(2).transpose(1, 2).contiguous()
+
+
 def split_heads(packed: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     """Views [B, N, heads, D] of one projection [B, N, parts * heads * D]."""
     return packed.unflatten(2, (parts, num_heads, packed.shape[2] // (parts * num_heads))).unbind(2)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..._checks import check_number, check_positive
 from .._checks import feature_map
 from .._policy import apply, check_policy
-from ._parts import check_heads, split_heads
+from ._parts import check_heads, pixels, split_heads
 
 
 class MagnitudePreservingLinear(nn.Module):
@@ -86,7 +86,7 @@ class EDM2AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W], contiguous or channels_last -> [B, C, H, W] of x's dtype and layout."""
         feature_map(x, self.qkv.in_features)
-        q, k, v = split_heads(self.qkv(x.flatten(2).transpose(1, 2)), 3, self.num_heads)  # [B, N, heads, D] each
+        q, k, v = split_heads(self.qkv(pixels(x)), 3, self.num_heads)  # [B, N, heads, D] each
         q, k, v = apply(self.policy, "qkv_pixel_norm", q, k, v, eps=self.eps)
         attended = apply(self.policy, "attention", q, k, v).flatten(2)  # [B, N, C]
         norm = math.hypot(1 - self.balance, self.balance)
