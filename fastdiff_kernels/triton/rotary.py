@@ -236,8 +236,10 @@ def _backward_tiles(
     PLAN: tl.constexpr, LAYOUT: tl.constexpr, GRADS: tl.constexpr, ANGLES: tl.constexpr,
 ):  # fmt: skip
     accumulator: tl.constexpr = tl.float64 if PLAN.wide else tl.float32
-    first_sums = tl.zeros([PLAN.rows, PLAN.block], accumulator)
-    second_sums = tl.zeros([PLAN.rows, PLAN.block], accumulator)
+    rows: tl.constexpr = PLAN.rows
+    block: tl.constexpr = PLAN.block
+    first_sums = tl.zeros([rows, block], accumulator)
+    second_sums = tl.zeros([rows, block], accumulator)
     for tile in range(program * tiles_each, tl.minimum((program + 1) * tiles_each, tiles)):
         b, n, h, inside = _locate(tile, tokens, PLAN)
         first_grad, second_grad = _load_rows(grad, grad_strides, b, n, h, inside, PLAN, GRADS)
