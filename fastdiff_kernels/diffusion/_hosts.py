@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ def set_diffusers_schedule(scheduler: Any, sigmas: Tensor) -> dict[str, object]:
             f"scheduler must be one of {', '.join(_CONVERTERS)}, got {type(scheduler).__name__}: "
             "the other schedulers take integer timesteps or no levels at all, and cannot be set to these exactly"
         )
+    if "set_timesteps" in vars(scheduler):
+        del scheduler.set_timesteps  # an earlier schedule's
     arguments = convert(scheduler, sigmas)
     scheduler.set_timesteps(**arguments)
     _check_outcome(scheduler, sigmas)
@@ -51,10 +54,48 @@ def _flow_match_euler(scheduler: Any, sigmas: Tensor) -> dict[str, object]:
     return {"sigmas": (levels / (shift - (shift - 1) * levels)).tolist()}
 
 
+def _multistep(scheduler: Any, sigmas: Tensor) -> dict[str, object]:
+    """These take integer timesteps at most, so that `set_timesteps` of this one scheduler is made to write the levels themselves."""
+    config, flow = scheduler.config, getattr(scheduler.config, "use_flow_sigmas", False)
+    _refuse(
+        scheduler,
+        sigmas[-1] == 0 and config.final_sigmas_type != "zero",
+        f"with final_sigmas_type={config.final_sigmas_type!r} it makes a step of higher order to the final 0, which has no log SNR",
+    )
+    if flow:
+        _refuse(scheduler, sigmas[0] >= 1, f"its levels are times below 1 and the first here is {sigmas[0]:.6g}; see to_flow_matching()")
+        timesteps = sigmas[:-1] * config.num_train_timesteps
+    else:
+        timesteps = _table_times(scheduler, sigmas[:-1])
+    scheduler.fastdiff_schedule = (sigmas.float(), timesteps.float())
+    scheduler.set_timesteps = MethodType(_set_levels, scheduler)
+    return {"num_inference_steps": len(sigmas) - 1}
+
+
+def _set_levels(self: Any, num_inference_steps: int | None = None, device: torch.device | str | None = None) -> None:
+    """The host's `set_timesteps`, with the levels and times of a Schedule in place of its own."""
+    sigmas, timesteps = self.fastdiff_schedule
+    if num_inference_steps is not None and num_inference_steps != len(timesteps):
+        raise ValueError(f"num_inference_steps must be {len(timesteps)}, as the schedule has, got {num_inference_steps}")
+    type(self).set_timesteps(self, len(timesteps), device=device)
+    self.sigmas, self.timesteps = sigmas.clone(), timesteps.to(device)
+    self.num_inference_steps = len(timesteps)
+
+
+def _table_times(scheduler: Any, sigmas: Tensor) -> Tensor:
+    """Where ln sigma lies in the scheduler's table, linearly between integer timesteps and within its ends."""
+    abar = scheduler.alphas_cumprod.detach().to(device="cpu", dtype=torch.float64)
+    table = ((1 - abar) / abar).log() / 2  # [T], rising
+    low = (torch.searchsorted(table, sigmas.log()) - 1).clamp(0, len(table) - 2)
+    return low + ((sigmas.log() - table[low]) / (table[low + 1] - table[low])).clamp(0, 1)
+
+
 _CONVERTERS = {
     "EDMEulerScheduler": _edm_euler,
     "EulerDiscreteScheduler": _euler_discrete,
     "FlowMatchEulerDiscreteScheduler": _flow_match_euler,
+    "DPMSolverMultistepScheduler": _multistep,
+    "UniPCMultistepScheduler": _multistep,
 }
 
 
@@ -80,4 +121,13 @@ def _check_outcome(scheduler: Any, sigmas: Tensor) -> None:
     if held.shape != sigmas.shape or not torch.allclose(held, sigmas, rtol=1e-5, atol=0):
         raise RuntimeError(
             f"{type(scheduler).__name__} was set to {sigmas.tolist()} and holds {held.tolist()}: this version is not supported"
+        )
+    times = torch.as_tensor(scheduler.timesteps).detach().cpu()
+    # Steps are found by their timestep; of two alike the scheduler takes the second, and thereby leaves a step out.
+    same = (times.diff() == 0).nonzero()
+    if len(same):
+        at = int(same[0])
+        raise ValueError(
+            f"scheduler ({type(scheduler).__name__}) cannot represent the schedule: the levels {sigmas[at]:.6g} and {sigmas[at + 1]:.6g} "
+            f"both lie at its timestep {times[at]:.6g}; its own range is what the model was trained on"
         )

@@ -114,6 +114,10 @@ class Schedule:
         """The levels as EDM's and EDM2's samplers hold them in `t_steps`: float64 [num_steps + 1], the final 0 included."""
         return self.sigmas.to(device=device, copy=True)
 
+    def to_fastgen(self) -> list[float]:
+        """The levels as FastGen's sampling config takes them in `t_list`, the final 0 included."""
+        return self.sigmas.tolist()
+
     def to_flow_matching(self) -> Schedule:
         """The same levels as the times t = sigma / (1 + sigma) of a rectified flow x_t = (1 - t) x0 + t eps; x_t = x / (1 + sigma)."""
         return Schedule(self.sigmas / (1 + self.sigmas))
@@ -125,6 +129,8 @@ class Schedule:
         * `EulerDiscreteScheduler` takes the levels with the final 0, without which it would stop a step early.
         * `FlowMatchEulerDiscreteScheduler` takes times in (0, 1], shifts them and appends the 0: it gets them with the shift undone.
           See `to_flow_matching`.
+        * `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler` take integer timesteps at most: `set_timesteps` of this one object is
+          replaced, and sets these levels and the times between integers that belong to them. `del scheduler.set_timesteps` undoes it.
 
         The first level is the schedule's own; where it is not the scheduler's, scale the initial noise accordingly.
 

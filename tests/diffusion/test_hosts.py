@@ -1,4 +1,6 @@
-"""Schedules put into diffusers' schedulers, shown on stand-ins that treat `sigmas` as those document it."""
+"""Schedules put into diffusers' schedulers: what goes in and what is refused, on stand-ins that treat `sigmas` as those document it.
+
+tests/integrations does the same with the schedulers themselves."""
 
 from __future__ import annotations
 
@@ -25,6 +27,7 @@ class EDMEulerScheduler:
         low, high = self.config.sigma_min ** (1 / self.config.rho), self.config.sigma_max ** (1 / self.config.rho)
         levels = (high + sigmas.to(torch.float64) * (low - high)) ** self.config.rho
         self.sigmas = torch.cat((levels.float(), torch.zeros(1)))
+        self.timesteps = levels.log() / 4
 
 
 class EulerDiscreteScheduler:
@@ -35,6 +38,7 @@ class EulerDiscreteScheduler:
 
     def set_timesteps(self, *, sigmas: list[float]) -> None:
         self.sigmas = torch.from_numpy(np.array(sigmas).astype(np.float32))
+        self.timesteps = self.sigmas[:-1]
 
 
 class FlowMatchEulerDiscreteScheduler:
@@ -49,6 +53,7 @@ class FlowMatchEulerDiscreteScheduler:
         times = np.array(sigmas).astype(np.float32)
         times = self.shift * times / (1 + (self.shift - 1) * times)
         self.sigmas = torch.cat((torch.from_numpy(times).float(), torch.zeros(1)))
+        self.timesteps = 1000 * times
 
 
 class DDIMScheduler:
@@ -121,7 +126,7 @@ def test_configurations_that_cannot_hold_the_levels_are_refused(scheduler: objec
 
 
 def test_other_schedulers_are_refused_by_name() -> None:
-    with pytest.raises(TypeError, match="EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, got DDIMScheduler"):
+    with pytest.raises(TypeError, match=r"EDMEulerScheduler, .*, UniPCMultistepScheduler, got DDIMScheduler"):
         Schedule(LEVELS).to_diffusers(DDIMScheduler())
 
 
@@ -132,3 +137,17 @@ def test_a_scheduler_that_ends_up_elsewhere_is_reported() -> None:
 
     with pytest.raises(RuntimeError, match=r"Moved was set to .* this version is not supported"):
         Schedule(LEVELS).to_diffusers(Moved())
+
+
+def test_levels_on_one_timestep_are_refused() -> None:
+    class Coarse(EulerDiscreteScheduler):
+        def set_timesteps(self, *, sigmas: list[float]) -> None:
+            super().set_timesteps(sigmas=sigmas)
+            self.timesteps = self.sigmas[:-1].clamp(max=1.0)
+
+    with pytest.raises(ValueError, match="the levels 80 and 10 both lie at its timestep 1"):
+        Schedule(LEVELS).to_diffusers(Coarse())
+
+
+def test_fastgen_gets_a_list() -> None:
+    assert Schedule(LEVELS).to_fastgen() == LEVELS

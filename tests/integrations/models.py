@@ -163,6 +163,17 @@ def wan(**options: Any) -> nn.Module:
     )
 
 
+def dit_pipeline(scheduler: Any = None) -> diffusers.DiTPipeline:
+    """A class-conditional pipeline with guidance that has no callbacks."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, latent_channels=4).eval()
+    model = dit(in_channels=4, out_channels=8).eval()
+    torch.nn.init.normal_(model.proj_out_2.weight, std=0.1)
+    pipeline = diffusers.DiTPipeline(model, vae, scheduler or diffusers.DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def image_inputs() -> dict[str, Any]:
     return {"sample": randn(2, 3, 8, 8), "timestep": TIMES}
 
