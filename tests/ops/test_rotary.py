@@ -24,6 +24,8 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("rms", "layer", "rms_heads", "layer_heads", "pixel", None)
 ROPES = ("interleaved", "half")
 EPS = 1e-6
+# Heads and channels of networks: EDM, Stable Diffusion, EDM2, ADM, DiT and PixArt, SD3, SDXL, Wan.
+NETWORKS = ((1, 256), (8, 40), (8, 80), (8, 160), (9, 64), (6, 64), (16, 72), (24, 64), (20, 64), (12, 128), (40, 128))
 
 
 def eager_norm(x, weight, norm):
@@ -103,6 +105,13 @@ def test_any_shape(norm, rope, shape, batched):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("index", "heads_and_width"), list(enumerate(NETWORKS)))
+def test_heads_of_networks(index, heads_and_width):
+    for norm, rope, dtype in ((NORMS[index % 2], ROPES[index % 2], NARROW[index % 3]), (NORMS[2 + index % 3], ROPES[1], NARROW[0])):
+        args = operands(norm, 2, 5, *heads_and_width, batched_angles=index % 2 == 0, requires_grad=True)
+        assert_accurate(ours(norm, rope), eager(norm, rope), args, dtype)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_without_rotation_keys_may_have_other_lengths_and_width_may_be_odd(norm):
     q, k, q_weight, k_weight, _, _ = operands(norm, 2, 9, 3, 7)
@@ -120,6 +129,23 @@ def test_parts_of_one_projection_are_read_in_place(norm, dtype):
     assert_bitwise(gradients(ours(norm, "interleaved"), strided), gradients(ours(norm, "interleaved"), args))
     turned = [a.transpose(1, 3).contiguous().transpose(1, 3) for a in args[:2]]
     assert_bitwise(ours(norm, "half")(*turned, *args[2:]), ours(norm, "half")(*args))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("tokens", "width"), [(9, 24), (70, 40), (33, 7)])
+def test_tokens_may_be_innermost(tokens, width, norm, dtype):
+    """As in a projection by a convolution, [B, H, D, 3, N]."""
+    args = [None if a is None else a.to(dtype) for a in operands(norm, 2, tokens, 3, width)]
+    if width % 2:
+        args[4:] = [None, None]
+    packed = torch.stack([args[0], args[1], torch.full_like(args[0], float("nan"))], 3).permute(0, 2, 4, 3, 1).contiguous()
+    inside = [packed[..., i, :].permute(0, 3, 1, 2) for i in range(2)]
+    found, expected = (gradients(ours(norm, "half"), [*qk, *args[2:]]) for qk in (inside, args[:2]))
+    assert_bitwise(found[:4], expected[:4])
+    # The gradients of weights are added in another order: head by head.
+    for f, e in zip(found[4:], expected[4:], strict=True):
+        torch.testing.assert_close(f, e)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -232,6 +258,53 @@ def test_nothing_gives_zero_gradients_of_the_weights(shape):
         assert_bitwise(grad, torch.zeros_like(arg))
 
 
+def eager_pixel_norm(*qkv):
+    return tuple(eager_norm(x, None, "pixel") for x in qkv)
+
+
+def pixel_norm(*qkv):
+    return ops.qkv_pixel_norm(*qkv, eps=EPS)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("shape", [(2, 9, 3, 72), (1, 70, 1, 256), (3, 5, 2, 7), (0, 4, 2, 8), (2, 0, 2, 8)])
+def test_pixel_norm_is_as_accurate_as_eager(shape, dtype):
+    qkv = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    assert_accurate(pixel_norm, eager_pixel_norm, qkv, dtype)
+    shorter = [qkv[0], *(x.detach()[:, :3].requires_grad_() for x in qkv[1:])]
+    assert_accurate(pixel_norm, eager_pixel_norm, shorter, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_pixel_norm_reads_projections_in_place(dtype):
+    qkv = torch.randn(3, 2, 70, 3, 40).to(dtype)
+
+    def results(parts):
+        leaves = [p.detach().requires_grad_() for p in parts]
+        outputs = pixel_norm(*leaves)
+        return (*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, [torch.cos(o.detach()) for o in outputs]))
+
+    expected = results(qkv)
+    assert all(e.is_contiguous() for e in expected)
+    packed = qkv.permute(1, 2, 0, 3, 4).contiguous()  # [B, N, 3, H, D]
+    tokens_inside = qkv.permute(1, 3, 4, 0, 2).contiguous()  # [B, H, D, 3, N]
+    assert_bitwise(results(packed.unbind(2)), expected)
+    assert_bitwise(results([x.permute(0, 3, 1, 2) for x in tokens_inside.unbind(3)]), expected)
+    assert_independent_of_threads(lambda: results(packed.unbind(2)))
+    assert_independent_of_batch(lambda *parts: results(parts), *qkv)
+
+
+def test_pixel_norm_gives_heads_of_mean_square_one():
+    for x in ops.qkv_pixel_norm(*torch.randn(3, 2, 9, 3, 64).double(), eps=1e-12):
+        torch.testing.assert_close(x.square().mean(-1), torch.ones(2, 9, 3).double())
+
+
+def test_pixel_norm_of_zeros_has_a_slope():
+    zeros = [torch.zeros(1, 1, 1, 8, requires_grad=True) for _ in range(3)]
+    for grad in torch.autograd.grad([o.sum() for o in ops.qkv_pixel_norm(*zeros, eps=1e-2)], zeros):
+        torch.testing.assert_close(grad, torch.full_like(grad, 100.0))
+
+
 Q = torch.zeros(2, 3, 2, 4)
 W = torch.zeros(4)
 A = torch.zeros(3, 2)
@@ -277,6 +350,18 @@ REFUSED = {
     ),
     "rows": (lambda: ops.qk_norm_rope(Q, Q[:, :2], cos=A, sin=A), ValueError, "k must have as many rows as q, 3, to be rotated"),
     "device": (lambda: ops.qk_norm_rope(Q, Q.to("meta")), ValueError, "k must be on the device of q, cpu; got meta"),
+    "pixel-k": (
+        lambda: ops.qkv_pixel_norm(Q, Q[:1], Q),
+        ValueError,
+        r"qkv_pixel_norm: k must have the batch, heads and head dimension of q.*got \(1, 3, 2, 4\)",
+    ),
+    "pixel-v": (lambda: ops.qkv_pixel_norm(Q, Q, Q[:, :2]), ValueError, r"v must have the shape of k, .*got \(2, 2, 2, 4\)"),
+    "pixel-v-dtype": (
+        lambda: ops.qkv_pixel_norm(Q, Q, Q.half()),
+        TypeError,
+        "v must have the dtype of k, torch.float32; got torch.float16",
+    ),
+    "pixel-eps": (lambda: ops.qkv_pixel_norm(Q, Q, Q, eps=0), ValueError, "eps must be finite and greater than 0; got 0"),
     "eps": (lambda: ops.qk_norm_rope(Q, Q, eps=-1.0), ValueError, "eps must be finite and greater than 0; got -1"),
 }
 
