@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _sdpa
 from . import reference as definitions
 
 
@@ -139,6 +140,20 @@ def _attended(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
+def _attention_refuses(name: str, *args: Any) -> str | None:
+    if name == "sdpa":
+        return _sdpa.refusal(*args)
+    if name == "triton" and args[0].dtype == torch.float64:
+        return "its Triton kernels are for float32, bfloat16 and float16"
+    return None
+
+
+def _attention_dual_refuses(name: str, q: Tensor, *args: Any) -> str | None:
+    if name == "triton" and q.dtype == torch.float32 and q.shape[3] > 128:
+        return "its Triton kernel has room for float32 heads of a width up to 128"
+    return _attention_refuses(name, q, *args)
+
+
 def _attention_flops(q: Tensor, k: Tensor, *_: Any) -> int:
     batch, rows, heads, width = q.shape
     return 4 * batch * heads * rows * k.shape[1] * width
@@ -154,33 +169,43 @@ def _rows_and_channels(x: Tensor, *_: Any) -> tuple[int, int]:
     return x.shape[0] * x.shape[1], x.shape[2]
 
 
+def _modulate_refuses(name: str, x: Tensor, *_: Any) -> str | None:
+    if name == "cuda" and x.dtype == torch.float64:
+        return "the CUDA kernels take float32, bfloat16 and float16"
+    if name == "cuda" and x.shape[2] > 12032:
+        return f"the CUDA kernels take at most 12032 channels; there are {x.shape[2]}"
+    if name == "cuda" and x.shape[0] > 65535:
+        return f"the CUDA kernels take at most 65535 samples; there are {x.shape[0]}"
+    return None
+
+
 _R = definitions
 _ALL = ("cpu", "cuda", "triton")
 
 _TABLE = (
     Op(
         "layer_norm_modulate", "modulate", "(Tensor x, Tensor shift, Tensor scale, Tensor? table, float eps) -> Tensor",
-        _R.modulate.layer_norm_modulate, _like_first, ("cpu", "triton"),
-        differentiable=("x", "shift", "scale", "table"), flops=_per_element(8), size=_rows_and_channels,
+        _R.modulate.layer_norm_modulate, _like_first, ("cpu", "triton", "cuda"),
+        differentiable=("x", "shift", "scale", "table"), flops=_per_element(8), size=_rows_and_channels, refuses=_modulate_refuses,
     ),
     Op(
         "rms_norm_modulate", "modulate", "(Tensor x, Tensor? weight, Tensor? shift, Tensor? scale, Tensor? table, float eps) -> Tensor",
-        _R.modulate.rms_norm_modulate, _like_first, ("cpu", "triton"),
-        differentiable=("x", "weight", "shift", "scale", "table"), flops=_per_element(7), size=_rows_and_channels,
+        _R.modulate.rms_norm_modulate, _like_first, ("cpu", "triton", "cuda"),
+        differentiable=("x", "weight", "shift", "scale", "table"), flops=_per_element(7), size=_rows_and_channels, refuses=_modulate_refuses,
     ),
     Op(
         "gate_residual", "modulate", "(Tensor residual, Tensor branch, Tensor gate, Tensor? table) -> Tensor",
-        _R.modulate.gate_residual, _like_first, ("cpu", "triton"),
+        _R.modulate.gate_residual, _like_first, ("cpu", "triton", "cuda"),
         differentiable=("residual", "branch", "gate", "table"), passes_through=("residual",), flops=_per_element(2),
-        size=_rows_and_channels,
+        size=_rows_and_channels, refuses=_modulate_refuses,
     ),
     Op(
         "gate_residual_norm_modulate", "modulate",
         "(Tensor residual, Tensor branch, Tensor? gate, Tensor shift, Tensor scale, Tensor? table, str norm, float eps)"
         " -> (Tensor, Tensor)",
-        _R.modulate.gate_residual_norm_modulate, _like_first_twice, ("cpu", "triton"),
+        _R.modulate.gate_residual_norm_modulate, _like_first_twice, ("cpu", "triton", "cuda"),
         differentiable=("residual", "branch", "gate", "shift", "scale", "table"), optional_grads=True, flops=_per_element(10),
-        size=_rows_and_channels,
+        size=_rows_and_channels, refuses=_modulate_refuses,
     ),
     Op(
         "qk_norm_rope", "rotary",
@@ -197,17 +222,17 @@ _TABLE = (
     ),
     Op(
         "attention", "attention", "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> (Tensor, Tensor)",
-        _R.attention.attention, _attended, ("cpu",),
+        _R.attention.attention, _attended, ("cpu", "triton", "sdpa"),
         differentiable=("q", "k", "v"), saved=(0, 1), optional_grads=True, dual="attention_dual",
-        flops=_attention_flops, size=lambda q, *_: (q.shape[1], q.shape[3]),
+        flops=_attention_flops, size=lambda q, *_: (q.shape[1], q.shape[3]), refuses=_attention_refuses,
     ),
     Op(
         "attention_dual", "attention",
         "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths, Tensor? t_q, Tensor? t_k, Tensor? t_v)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
-        _R.attention.attention_dual, lambda *args: (*_attended(*args), *_attended(*args)), ("cpu",),
+        _R.attention.attention_dual, lambda *args: (*_attended(*args), *_attended(*args)), ("cpu", "triton"),
         differentiable=("q", "k", "v", "t_q", "t_k", "t_v"), traced=("q", "k", "v", "t_q", "t_k", "t_v"),
-        flops=lambda *args: 3 * _attention_flops(*args), size=lambda q, *_: (q.shape[1], q.shape[3]),
+        flops=lambda *args: 3 * _attention_flops(*args), size=lambda q, *_: (q.shape[1], q.shape[3]), refuses=_attention_dual_refuses,
     ),
     Op(
         "group_norm_silu", "group_norm",
@@ -275,7 +300,7 @@ _TABLE = (
         " Tensor? before1, Tensor? before0, Tensor? state, float sigma, float sigma_next, float guidance, float at, float reuse_at,"
         " float previous_weight, float scale_next, float scale, float scale1, float scale0, str mode, float threshold, int max_skip,"
         " bool keep_noise, bool keep_denoised) -> (Tensor, Tensor, Tensor, Tensor)",
-        _R.skipping.solver_step, _solver_step, ("cpu", "triton"), flops=_per_element(12),
+        _R.skipping.solver_step, _solver_step, _ALL, flops=_per_element(12),
         refuses=lambda backend, x, *_: "its scalars are float32" if backend == "triton" and x.dtype == torch.float64 else None,
     ),
     Op(

@@ -99,6 +99,7 @@ def query_kernel(
 @triton.jit
 def _key_gradients(
     k_sums, k_more, v_sums, v_more, k_head, k_tail, v_head, v_tail, q, grad, q_strides, grad_strides, lse, delta, begin, end, queries, scale,
+    WANT_K: tl.constexpr, WANT_V: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -120,16 +121,19 @@ def _key_gradients(
             log_sums = tl.load(lse + rows)
             moved = tl.load(delta + rows)
         probabilities = tl.exp2(logits * scale - (log_sums * LOG2_E)[None, :])
-        narrowed = narrow(probabilities, grads, WIDEN)
-        v_sums = product(narrowed, grads, v_sums, PRECISION, WIDEN)
-        gradients = product(v_head, tl.trans(grads), None, PRECISION, WIDEN)
-        if TAIL:
-            v_more = product(narrowed, more_grads, v_more, PRECISION, WIDEN)
-            gradients = product(v_tail, tl.trans(more_grads), gradients, PRECISION, WIDEN)
-        gradients = narrow(probabilities * (gradients - moved[None, :]), q_rows, WIDEN)
-        k_sums = product(gradients, q_rows, k_sums, PRECISION, WIDEN)
-        if TAIL:
-            k_more = product(gradients, more_q, k_more, PRECISION, WIDEN)
+        if WANT_V:
+            narrowed = narrow(probabilities, grads, WIDEN)
+            v_sums = product(narrowed, grads, v_sums, PRECISION, WIDEN)
+            if TAIL:
+                v_more = product(narrowed, more_grads, v_more, PRECISION, WIDEN)
+        if WANT_K:
+            gradients = product(v_head, tl.trans(grads), None, PRECISION, WIDEN)
+            if TAIL:
+                gradients = product(v_tail, tl.trans(more_grads), gradients, PRECISION, WIDEN)
+            gradients = narrow(probabilities * (gradients - moved[None, :]), q_rows, WIDEN)
+            k_sums = product(gradients, q_rows, k_sums, PRECISION, WIDEN)
+            if TAIL:
+                k_more = product(gradients, more_q, k_more, PRECISION, WIDEN)
     return k_sums, k_more, v_sums, v_more
 
 
@@ -171,12 +175,12 @@ def key_kernel(
         v_more = tl.zeros([BLOCK_N, TAIL], tl.float32)
     k_sums, k_more, v_sums, v_more = _key_gradients(
         k_sums, k_more, v_sums, v_more, k_head, k_tail, v_head, v_tail, q, grad, q_strides, grad_strides, lse, delta, 0, whole, queries,
-        scale * LOG2_E, HEAD, TAIL, WIDTH, UNIT, BLOCK_M, False, PRECISION, WIDEN, STAGES,
+        scale * LOG2_E, grad_k is not None, grad_v is not None, HEAD, TAIL, WIDTH, UNIT, BLOCK_M, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     if not EVEN:
         k_sums, k_more, v_sums, v_more = _key_gradients(
             k_sums, k_more, v_sums, v_more, k_head, k_tail, v_head, v_tail, q, grad, q_strides, grad_strides, lse, delta, whole, end, queries,
-            scale * LOG2_E, HEAD, TAIL, WIDTH, UNIT, BLOCK_M, True, PRECISION, WIDEN, 1,
+            scale * LOG2_E, grad_k is not None, grad_v is not None, HEAD, TAIL, WIDTH, UNIT, BLOCK_M, True, PRECISION, WIDEN, 1,
         )  # fmt: skip
 
     # A row of padding has been given probabilities as if its key were zero.

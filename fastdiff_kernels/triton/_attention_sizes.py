@@ -1,17 +1,78 @@
+"""How many queries and keys a program of attention takes at a time, on how many warps and with how many loads in flight.
+
+An analytic table, not a measured one: the largest blocks whose sums stay in registers, with none spilled and at least 64 rows to a warp
+group where a GPU multiplies by those. It asks for the width, the dtype, the GPU and, of the lengths, only for what one sample has: a
+sample's result does not depend on its batch.
+"""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from ._attention_tiles import interpreting, pieces
+from ._common import capability
 
 
 @dataclass(frozen=True)
 class Sizes:
+    """One row."""
+
     queries: int
     keys: int
     warps: int
     stages: int
+    separate: bool = False
+    """Whether the gradients of keys and of values are made by two launches, since their sums together fill the registers."""
 
 
-def sizes(kernel: str, q: Tensor, k: Tensor) -> Sizes:
-    return Sizes(32, 32, 4, 2)
+# GPUs with 227 KiB of shared memory multiply by warp groups or in tensor memory; the others have 99 KiB at least.
+_LARGE = (90, 100, 103)
+
+# Rows hold for widths up to theirs, padding included.
+_WIDTHS = (32, 64, 96, 128, 192, 256)
+
+_NARROW_LARGE = {
+    "forward": (Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 8, 2)),
+    "forward, long": (
+        Sizes(128, 64, 8, 3), Sizes(128, 64, 8, 3), Sizes(128, 64, 8, 3), Sizes(128, 64, 8, 3), Sizes(128, 64, 8, 2), Sizes(128, 64, 8, 2),
+    ),
+    "queries": (Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2), Sizes(64, 64, 8, 2), Sizes(64, 32, 8, 2)),
+    "keys": (
+        Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2), Sizes(64, 64, 8, 2), Sizes(64, 64, 8, 2), Sizes(32, 64, 8, 2), Sizes(32, 64, 8, 2, True),
+    ),
+    "dual": (Sizes(64, 32, 4, 2), Sizes(64, 32, 4, 2), Sizes(64, 32, 8, 2), Sizes(64, 32, 8, 2), Sizes(16, 32, 4, 2), Sizes(16, 32, 4, 2)),
+}  # fmt: skip
+
+_NARROW_SMALL = {
+    "forward": (Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 3), Sizes(64, 32, 4, 3), Sizes(64, 32, 4, 2), Sizes(32, 32, 4, 2), Sizes(32, 32, 8, 2)),
+    "queries": (Sizes(64, 64, 4, 3), Sizes(64, 32, 4, 3), Sizes(64, 32, 4, 2), Sizes(64, 32, 8, 2), Sizes(32, 32, 8, 2), Sizes(32, 32, 8, 1)),
+    "keys": (Sizes(64, 64, 4, 2), Sizes(32, 64, 4, 2), Sizes(32, 32, 4, 2), Sizes(32, 64, 8, 2), Sizes(16, 32, 8, 2), Sizes(32, 32, 8, 1)),
+    "dual": (Sizes(64, 32, 4, 2), Sizes(64, 32, 4, 2), Sizes(32, 32, 4, 2), Sizes(32, 32, 4, 2), Sizes(16, 32, 4, 2), Sizes(16, 32, 4, 2)),
+}  # fmt: skip
+
+# float32 is multiplied without tensor cores; a second load in flight also keeps the compiler from holding whole rows in registers.
+_WIDE = {
+    "forward": (Sizes(32, 32, 4, 2), Sizes(32, 32, 4, 2), Sizes(32, 32, 8, 2), Sizes(32, 32, 8, 2), Sizes(16, 32, 8, 2), Sizes(16, 32, 8, 2)),
+    "queries": (Sizes(32, 32, 8, 2), Sizes(32, 32, 8, 2), Sizes(16, 32, 8, 2), Sizes(16, 32, 8, 2), Sizes(16, 16, 8, 2), Sizes(16, 16, 8, 2)),
+    "keys": (Sizes(32, 32, 8, 1), Sizes(32, 32, 8, 1), Sizes(16, 32, 8, 1), Sizes(16, 32, 8, 1), Sizes(16, 16, 8, 1), Sizes(16, 16, 8, 1)),
+    "dual": (Sizes(32, 32, 8, 1), Sizes(32, 32, 8, 1), Sizes(16, 16, 8, 2), Sizes(16, 16, 8, 2)),
+}  # fmt: skip
+
+LONG = 1024
+
+
+def sizes(kernel: str, q: Tensor) -> Sizes:
+    """The row for a kernel, "forward", "queries", "keys" or "dual", at q's width and dtype on its GPU."""
+    width = sum(pieces(q.shape[3]))
+    column = next(i for i, limit in enumerate(_WIDTHS) if width <= limit)
+    if q.dtype == torch.float32:
+        return _WIDE[kernel][column]
+    if interpreting():
+        # Every block costs the interpreter about the same; these are large enough for it, and small enough to need several.
+        return Sizes(64, 32, 4, 2)
+    large = capability(q) in _LARGE
+    long = large and kernel == "forward" and q.shape[1] >= LONG
+    return (_NARROW_LARGE if large else _NARROW_SMALL)["forward, long" if long else kernel][column]

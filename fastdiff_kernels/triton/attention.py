@@ -33,6 +33,8 @@ def _constants(q: Tensor, unit: int, s: Sizes, even: bool) -> dict[str, object]:
         "STAGES": s.stages,
         "num_warps": s.warps,
         "num_stages": s.stages,
+        # With a limit of its own the assembler would rather spill than have one program less on a multiprocessor.
+        "maxnreg": 255,
         **arithmetic(q),
     }
 
@@ -51,7 +53,7 @@ def _programs(x: Tensor, rows: int) -> int:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     out, lse = q.new_empty(q.shape), _per_query(q)
-    step, s = unit(q, k, v, out), sizes("forward", q, k)
+    step, s = unit(q, k, v, out), sizes("forward", q)
     launch(
         forward_kernel, _programs(q, s.queries), q, k, v, key_lengths, out, lse, *(strides(x, step) for x in (q, k, v, out)),
         scale, q.shape[1], k.shape[1], q.shape[2], NEGATIVE=scale < 0, **_constants(q, step, s, _whole_blocks(k, key_lengths, s)),
@@ -68,16 +70,19 @@ def attention_backward(
     lse, delta = lse.contiguous(), _per_query(q)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     step = unit(grad, q, k, v, output, *(g for g in (grad_q, grad_k, grad_v) if g is not None))
-    s, numbers = sizes("queries", q, k), (scale, q.shape[1], k.shape[1], q.shape[2])
+    s, numbers = sizes("queries", q), (scale, q.shape[1], k.shape[1], q.shape[2])
     written = grad_q if grad_q is not None else output
     launch(
         query_kernel, _programs(q, s.queries), grad, grad_lse, q, k, v, key_lengths, output, lse, delta, grad_q,
         *(strides(x, step) for x in (grad, q, k, v, output, written)), *numbers, **_constants(q, step, s, _whole_blocks(k, key_lengths, s)),
     )  # fmt: skip
-    if grad_k is not None or grad_v is not None:
-        s, written = sizes("keys", q, k), grad_k if grad_k is not None else grad_v
+    s = sizes("keys", q)
+    for to_k, to_v in ((grad_k, None), (None, grad_v)) if s.separate else ((grad_k, grad_v),):
+        if to_k is None and to_v is None:
+            continue
+        written = to_v if to_k is None else to_k
         launch(
-            key_kernel, _programs(k, s.keys), grad, q, k, v, key_lengths, lse, delta, grad_k, grad_v,
+            key_kernel, _programs(k, s.keys), grad, q, k, v, key_lengths, lse, delta, to_k, to_v,
             *(strides(x, step) for x in (grad, q, k, v, written)), *numbers,
             **_constants(q, step, s, q.shape[1] % s.queries == 0),
         )  # fmt: skip
@@ -89,7 +94,7 @@ def attention_dual(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, lse, t_out, t_lse = q.new_empty(q.shape), _per_query(q), q.new_empty(q.shape), _per_query(q)
     tangents = tuple(x if t is None else t for t, x in ((t_q, q), (t_k, k), (t_v, v)))
-    step, s = unit(q, k, v, *tangents, out), sizes("dual", q, k)
+    step, s = unit(q, k, v, *tangents, out), sizes("dual", q)
     launch(
         dual_kernel, _programs(q, s.queries), q, k, v, key_lengths, t_q, t_k, t_v, out, lse, t_out, t_lse,
         *(strides(x, step) for x in (q, k, v, *tangents, out)), scale, q.shape[1], k.shape[1], q.shape[2],
