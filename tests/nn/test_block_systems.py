@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
+from fastdiff_kernels.nn import DiT
 from tests.nn.cases import CASES, NETWORKS, C, E, every_block, every_case, results, tensors_of
 
 
@@ -130,6 +131,23 @@ def compare_mixed(case, mesh):
     assert all(p.grad.full_tensor().isfinite().all() for p in block.parameters())
 
 
+def compare_network(mesh, rank):
+    """A DiT of sharded blocks, which hand sums not yet taken to each other."""
+    torch.manual_seed(0)
+    whole = DiT(2, dim=C, depth=2, num_heads=2).double()
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    sharded = copy.deepcopy(whole)
+    for block in (*sharded.blocks, sharded):
+        fully_shard(block, mesh=mesh)
+    x, level = torch.randn(4, 2, 4, 4, dtype=torch.float64), torch.linspace(-1, 1, 4)
+    mine = slice(2 * rank, 2 * rank + 2)
+    whole(x, level).square().sum().backward()
+    sharded(x[mine], level[mine]).square().sum().backward()
+    for a, b in zip(sharded.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(2 * a.grad.full_tensor(), b.grad)
+
+
 def worker(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
@@ -137,6 +155,7 @@ def worker(rank: int, rendezvous: str) -> None:
     for name in NETWORKS:
         compare_sharded(CASES[name], mesh, rank)
         compare_mixed(CASES[name], mesh)
+    compare_network(mesh, rank)
     dist.destroy_process_group()
 
 
@@ -148,19 +167,25 @@ def test_fsdp2_gives_the_gradients_of_one_process(tmp_path: Path):
 @every_block
 def test_a_captured_graph_computes_new_values(case):
     block = case.make(torch.float32).cuda()
-    inputs = tuple(x.cuda() if isinstance(x, torch.Tensor) else x for x in case.inputs(torch.float32))
-    inputs = tuple(tuple(t.cuda() for t in x) if isinstance(x, tuple) else x for x in inputs)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    inputs = torch.utils._pytree.tree_map(lambda x: x.cuda(), case.inputs(torch.float32))
+    leaves = [*block.parameters(), *(x.requires_grad_() for x in inputs[: len(case.shapes)])]
+
+    def step():
+        outputs = tensors_of(block(*inputs))
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [o.detach() for o in outputs])]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
         for _ in range(3):
-            results(block, list(block.parameters()), inputs)
-    torch.cuda.synchronize()
+            step()
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = results(block, list(block.parameters()), inputs)
-    fresh = case.inputs(torch.float32, seed=9)
-    for held, new in zip(inputs[: len(case.shapes)], fresh, strict=False):
-        held.data.copy_(new)
+        captured = step()
+    with torch.no_grad():
+        for held, new in zip(inputs, case.inputs(torch.float32, seed=9)[: len(case.shapes)], strict=False):
+            held.copy_(new)
     graph.replay()
     torch.cuda.synchronize()
-    assert_same(captured, results(block, list(block.parameters()), inputs), 1e-6)
+    assert_same(captured, step(), 1e-6)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdiff_kernels.diffusion import EDMPrecond
-from fastdiff_kernels.nn import DiT, UNet
+from fastdiff_kernels.nn import DiT, UNet, axial_rope
 
 UNET = {"channels": 8, "num_groups": 4, "num_classes": 3}
 DIT = {"dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -131,6 +131,19 @@ def test_channels_last_computes_the_same():
     expected = network(x, level, labels)
     found = network.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), level, labels)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dit_is_its_blocks_one_after_another():
+    """In one pass from a block to the next, but no other sum."""
+    network = randomised(NETWORKS["dit_rope"]()).double()
+    x, level, labels = inputs(dtype=torch.float64)
+    condition, rope = network.embedding(level, labels), axial_rope(8, 12, 8)
+    h = network.patch_in(network._patches(x, 8, 12))
+    for block in network.blocks:
+        h = block(h, condition, rope)
+    shift, scale = network.modulation(torch.nn.functional.silu(condition))[:, None].chunk(2, dim=2)
+    h = torch.nn.functional.layer_norm(h, (16,), eps=1e-6) * (1 + scale) + shift
+    torch.testing.assert_close(network(x, level, labels), network._image(network.patch_out(h), 8, 12))
 
 
 def test_default_unet_is_small():
