@@ -191,7 +191,8 @@ _TABLE = (
     Op(
         "rms_norm_modulate", "modulate", "(Tensor x, Tensor? weight, Tensor? shift, Tensor? scale, Tensor? table, float eps) -> Tensor",
         _R.modulate.rms_norm_modulate, _like_first, ("cpu", "triton", "cuda"),
-        differentiable=("x", "weight", "shift", "scale", "table"), flops=_per_element(7), size=_rows_and_channels, refuses=_modulate_refuses,
+        differentiable=("x", "weight", "shift", "scale", "table"), flops=_per_element(7),
+        size=_rows_and_channels, refuses=_modulate_refuses,
     ),
     Op(
         "gate_residual", "modulate", "(Tensor residual, Tensor branch, Tensor gate, Tensor? table) -> Tensor",

@@ -19,7 +19,7 @@ from ._modulate_kernels import _add_rows_kernel, _backward_kernel, _forward_kern
 
 # Rows whose partial sums one program adds.
 _CHUNK = 256
-# Channels from which the backward pass has no registers left for the next row.
+# Channels beyond which a thread of the backward pass takes twice as many, with no registers left for the next row.
 _WIDE = 4096
 
 
@@ -59,6 +59,11 @@ def _backward_tile(channels: int, dtype: torch.dtype) -> Tile:
     if channels > _WIDE:
         return _tile(channels, dtype.itemsize, 16 if dtype == torch.float64 else 32, (16,), 8)
     return _tile(channels, dtype.itemsize, 8 if dtype == torch.float64 else 16, (16, 8), 2)
+
+
+def _fills_registers(channels: int, dtype: torch.dtype) -> bool:
+    """Whether the backward pass has no registers left for the next row."""
+    return channels > (3072 if dtype.itemsize >= 4 else _WIDE)
 
 
 def _rows_per_program(tokens: int) -> int:
@@ -169,7 +174,7 @@ def _backward(call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | N
             CHANNELS=channels, EPS=call.eps, CENTRED=call.norm == "layer", FIRST=len(call.in_table) % 2,
             GATE=summed.get("gate", -1), WEIGHT=summed.get("weight", -1), SHIFT=summed.get("shift", -1), SCALE=summed.get("scale", -1),
             ROWS_PER_PROGRAM=rows, ROWS=min(tile.rows, rows), CHUNK=tile.chunk, ACCUMULATOR=_accumulator(x),
-            WIDE=channels > _WIDE, num_warps=tile.warps,
+            WIDE=_fills_registers(channels, x.dtype), num_warps=tile.warps,
         )  # fmt: skip
     if partial is not None:
         by_sample = {slots[name]: grads[name] for name in shared if wanted[name].dim() > 1}

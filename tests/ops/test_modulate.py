@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fastdiff_kernels import ops
+from fastdiff_kernels import _choices, ops
+from fastdiff_kernels._dispatch import TABLE
+from fastdiff_kernels._registry import OPS
 from fastdiff_kernels.reference import modulate as definition
 
 from ..helpers import (
@@ -343,6 +345,33 @@ def test_autocast_leaves_the_dtype():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ops.layer_norm_modulate(x, shift, scale).dtype == torch.float32
         assert ops.layer_norm_modulate(x.bfloat16(), shift, scale).dtype == torch.bfloat16
+
+
+# What the CUDA kernels refuse is known before anything is launched, of a call and of its gradient alike.
+@pytest.mark.parametrize("name", ["layer_norm_modulate", "gate_residual_norm_modulate_backward"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        ((2, 3, 8), torch.float64, "take float32, bfloat16 and float16"),
+        ((2, 3, 16384), torch.float16, "at most 12032 channels; there are 16384"),
+        ((70000, 1, 8), torch.float16, "at most 65535 samples; there are 70000"),
+        ((2, 3, 12032), torch.float32, None),
+    ],
+)
+def test_what_the_cuda_kernels_refuse(name, shape, dtype, reason):
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    gradients = [x, x] if name.endswith("backward") else []
+    refused = TABLE[name].refuses("cuda", *gradients, x, *[None] * 8)
+    assert refused is None if reason is None else reason in refused
+    assert TABLE[name].refuses("triton", *gradients, x, *[None] * 8) is None
+
+
+@pytest.mark.parametrize(("rows", "backend"), [(1024, "cuda"), (1025, None)])
+def test_few_rows_on_a_gpu_are_left_to_cuda(rows, backend):
+    for op in OPS.values():
+        if op.family == "modulate":
+            choice = _choices.choose(op.name, ("cuda",), "eager", *op.size(torch.empty(1, rows, 8, device="meta")))
+            assert (choice and choice.backend) == backend
 
 
 X = torch.zeros(2, 3, 4)
