@@ -1,49 +1,96 @@
-"""Query and key normalisation with rotary embedding at the shapes of a small network on 8x8 images and of DiT-XL/2 on 256 tokens."""
+"""Query and key normalisation with rotary embedding, and the pixel norm of queries, keys and values, from one projection."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import layer_norm, rms_norm
 
-from benchmarks.harness import forward_backward
+from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
 
-SHAPES = ((128, 64, 4, 16), (4, 256, 16, 72))
 EPS = 1e-6
 
 
-def rotated(x, cos, sin):
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+def of_heads(x, weight, norm):
+    """The norm of each head or, with a weight of their size, of all heads of a token."""
+    rows = x.flatten(2) if weight.numel() > x.shape[-1] else x
+    normalised = rms_norm(rows, weight.shape, weight, EPS) if norm == "rms" else layer_norm(rows, weight.shape, weight, eps=EPS)
+    return normalised.view(x.shape)
+
+
+def interleaved(x, cos, sin):
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
-def eager(packed, q_weight, k_weight, cos, sin):
-    q, k, _ = packed.unbind(2)
-    return tuple(rotated(F.rms_norm(x, x.shape[-1:], w, EPS), cos, sin) for x, w in ((q, q_weight), (k, k_weight)))
+def half(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def ours(packed, q_weight, k_weight, cos, sin):
-    q, k, _ = packed.unbind(2)
-    return ops.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=EPS)
+def norm_and_rope(norm, rope):
+    """Eager and ours: packed [B, N, 3, H, D], two weights, and angles [N, D/2] unless rope is None."""
+
+    def eager(packed, q_weight, k_weight, *angles):
+        q, k, _ = packed.unbind(2)
+        q, k = of_heads(q, q_weight, norm), of_heads(k, k_weight, norm)
+        if rope is None:
+            return q, k
+        turn, (cos, sin) = interleaved if rope == "interleaved" else half, (a.unsqueeze(1) for a in angles)
+        return turn(q, cos, sin).to(q.dtype), turn(k, cos, sin).to(k.dtype)
+
+    def ours(packed, q_weight, k_weight, *angles):
+        q, k, _ = packed.unbind(2)
+        whole = "_heads" if q_weight.numel() > q.shape[-1] else ""
+        return ops.qk_norm_rope(q, k, q_weight, k_weight, *angles, norm=norm + whole, rope=rope or "half", eps=EPS)
+
+    return eager, ours
 
 
-@pytest.mark.parametrize("mode", ["forward", "fwd+bwd"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_qk_norm_rope(compare, shape, mode):
-    batch, rows, heads, width = shape
+def operands(batch, rows, heads, width, whole=False, rotated=True):
+    size = heads * width if whole else width
     angle = torch.randn(rows, width // 2)
-    leaves, angles = [torch.randn(batch, rows, 3, heads, width), torch.randn(width), torch.randn(width)], [angle.cos(), angle.sin()]
-    fns = {"eager": eager, "compile": torch.compile(eager, dynamic=False), "ours": ours}
-    exact, exact_angles = [t.double() for t in leaves], [t.double() for t in angles]
-    if mode == "forward":
-        variants, truth = {name: lambda fn=fn: fn(*leaves, *angles) for name, fn in fns.items()}, eager(*exact, *exact_angles)
-    else:
-        upstream = [torch.randn(shape) for _ in range(2)]
-        for t in (*leaves, *exact):
-            t.requires_grad_()
-        variants = {name: forward_backward(lambda *a, fn=fn: fn(*a, *angles), leaves, upstream) for name, fn in fns.items()}
-        truth = forward_backward(lambda *a: eager(*a, *exact_angles), exact, [u.double() for u in upstream])()
+    angles = [angle.cos(), angle.sin()] if rotated else []
+    return [torch.randn(batch, rows, 3, heads, width), torch.randn(size), torch.randn(size), *angles]
+
+
+def pixel_norm(packed, dim):
+    return tuple((x / (1e-4 + x.square().mean(-1, keepdim=True).sqrt())).contiguous() for x in parts(packed, dim))
+
+
+def parts(packed, dim):
+    """q, k, v [B, N, H, D] of [B, N, 3, H, D] (dim 2) or [B, H, D, 3, N] (dim 3)."""
+    return packed.unbind(dim) if dim == 2 else [x.permute(0, 3, 1, 2) for x in packed.unbind(dim)]
+
+
+def norm_workload(network, shape, norm, rope, whole=False):
+    eager, ours = norm_and_rope(norm, rope)
     # Inductor sums the weights' gradients over thousands of tokens in one chain, some twenty times less exactly than eager.
-    compare(f"qk_norm_rope {shape}", mode, variants, truth, factor=32.0)
+    return Workload(
+        "qk_norm_rope", f"{network} {norm}{'_heads' * whole} {rope}", shape, lambda: operands(*shape, whole, rope is not None),
+        eager, ours, gradients=(0, 1, 2), factor=32.0,
+    )  # fmt: skip
+
+
+def pixel_workload(network, shape, dim):
+    batch, rows, heads, width = shape
+    sizes = (batch, rows, 3, heads, width) if dim == 2 else (batch, heads, width, 3, rows)
+    return Workload(
+        "qkv_pixel_norm", f"{network} {'packed' if dim == 2 else 'tokens innermost'}", shape, lambda: [torch.randn(sizes)],
+        lambda packed: pixel_norm(packed, dim), lambda packed: ops.qkv_pixel_norm(*parts(packed, dim)), gradients=(0,), factor=8.0,
+    )  # fmt: skip
+
+
+WORKLOADS = [
+    norm_workload("DiT-XL/2", (4, 256, 16, 72), "rms", "interleaved"),
+    norm_workload("DiT-XL/2", (4, 256, 16, 72), "rms", "half"),
+    norm_workload("PixArt-512", (1, 1024, 16, 72), "rms", "interleaved"),
+    norm_workload("PixArt-512", (1, 1024, 16, 72), "layer", None, whole=True),
+    norm_workload("Wan", (1, 256, 12, 128), "rms", "interleaved", whole=True),
+    pixel_workload("EDM2", (16, 256, 8, 64), 2),
+    pixel_workload("EDM2", (16, 256, 8, 64), 3),
+]
+
+
+def test_speed(case, measure):
+    measure(case)

@@ -396,10 +396,10 @@ def _backward(
     k_tiles = _tiles(k, plan) if needs[1] or needs[2] or needs[4] else 0
     tiles_each = max(1, min(_TILES, (q_tiles + k_tiles) // _PROGRAMS)) if sums else 1
     q_programs, k_programs = triton.cdiv(q_tiles, tiles_each), triton.cdiv(k_tiles, tiles_each)
-    found = [x.new_empty(x.shape) if need else None for x, need in zip((q, k, v), needs, strict=False)]
+    found = [x.new_empty(x.shape) if x is not None and need else None for x, need in zip((q, k, v), needs, strict=False)]
     partial = [
-        x.new_empty((programs, weight.numel()), dtype=compute_dtype(x)) if need else None
-        for x, weight, programs, need in ((q, q_weight, q_programs, needs[3]), (k, k_weight, k_programs, needs[4]))
+        None if weight is None or not need else weight.new_empty((programs, weight.numel()), dtype=compute_dtype(q))
+        for weight, programs, need in ((q_weight, q_programs, needs[3]), (k_weight, k_programs, needs[4]))
     ]
     launch(
         _backward_kernel, q_programs + k_programs * (1 if v is None else 2),
@@ -407,7 +407,7 @@ def _backward(
         *grad_strides, *strides, *angle_strides, q.shape[1], k.shape[1], q_tiles, k_tiles, tiles_each, q_programs, k_programs,
         PLAN=plan, LAYOUT=layout, GRADS=grad_layout, ANGLES=angles, num_warps=_warps(plan),
     )  # fmt: skip
-    totals = [None if p is None else add_rows(p, w) for p, w in zip(partial, (q_weight, k_weight), strict=True)]
+    totals = [None if p is None or w is None else add_rows(p, w) for p, w in zip(partial, (q_weight, k_weight), strict=True)]
     return [absent(q) if grad is None else grad for grad in (*found, *totals)]
 
 
