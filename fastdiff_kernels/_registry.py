@@ -169,6 +169,14 @@ def _rows_and_channels(x: Tensor, *_: Any) -> tuple[int, int]:
     return x.shape[0] * x.shape[1], x.shape[2]
 
 
+def _tokens_and_heads(q: Tensor, *_: Any) -> tuple[int, int]:
+    return q.shape[0] * q.shape[1], q.shape[2] * q.shape[3]
+
+
+def _positions_and_channels(x: Tensor, *_: Any) -> tuple[int, int]:
+    return x.shape[0] * math.prod(x.shape[2:]), x.shape[1]
+
+
 def _modulate_refuses(name: str, x: Tensor, *_: Any) -> str | None:
     if name == "cuda" and x.dtype == torch.float64:
         return "the CUDA kernels take float32, bfloat16 and float16"
@@ -214,12 +222,13 @@ _TABLE = (
         " -> (Tensor, Tensor)",
         _R.rotary.qk_norm_rope, _like_two, ("cpu", "triton"),
         differentiable=("q", "k", "q_weight", "k_weight", "cos", "sin"), traced=("cos", "sin"),
-        flops=lambda q, k, *_: 10 * (q.numel() + k.numel()),
+        flops=lambda q, k, *_: 10 * (q.numel() + k.numel()), size=_tokens_and_heads,
     ),
     Op(
         "qkv_pixel_norm", "rotary", "(Tensor q, Tensor k, Tensor v, float eps) -> (Tensor, Tensor, Tensor)",
         _R.rotary.qkv_pixel_norm, _like_three, ("cpu", "triton"),
         differentiable=("q", "k", "v"), flops=lambda q, k, v, _: 4 * (q.numel() + k.numel() + v.numel()),
+        size=_tokens_and_heads,
     ),
     Op(
         "attention", "attention", "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> (Tensor, Tensor)",
@@ -240,7 +249,7 @@ _TABLE = (
         "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, str? activation)"
         " -> (Tensor, Tensor, Tensor)",
         _R.group_norm.group_norm_silu, _normalised_and_statistics, ("cpu",), differentiable=("x", "weight", "bias", "scale", "shift"),
-        saved=(1, 2), auxiliary=(1, 2), keeps_channels_last=True, flops=_per_element(14),
+        saved=(1, 2), auxiliary=(1, 2), keeps_channels_last=True, flops=_per_element(14), size=_positions_and_channels,
     ),
     Op(
         "lcss_noise", "score_matching", "(Tensor x, Tensor seed, int offset) -> Tensor",
