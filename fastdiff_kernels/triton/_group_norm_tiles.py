@@ -104,8 +104,9 @@ def tiles_of(layout: Layout, itemsize: int, operands: int) -> Tiles:
     chunks = max(1, PARTIAL // min(triton.next_power_of_2(count), 8) // parts)
     channel_blocks = groups * parts if count == 1 else triton.cdiv(groups, count)
     run = triton.cdiv(position_blocks, chunks)
-    # Fewer warps to a tile leave room for more tiles, whose reads and writes then overlap; backward needs the registers of more warps.
-    warps = _warps(block * positions_block * operands // 2)
+    # Fewer warps to a tile leave room for more tiles, whose reads and writes then overlap; but a second operand and the vectors of many
+    # channels need the registers of more warps.
+    warps = _warps(block * positions_block // (1 if rows or operands > 1 else 2))
     return Tiles(False, count, block, positions_block, parts, channel_blocks, position_blocks, run, warps)
 
 
