@@ -39,7 +39,7 @@ class Predictor:
         else:
             self.evaluations[rows] += 1
             copies = torch.cat([rows + copy * self.batch for copy in range(self.copies)])
-            x, conditioning = x[rows.to(x.device)], take_rows(conditioning, copies)
+            x, conditioning = x[rows.to(x.device, non_blocking=True)], take_rows(conditioning, copies)
         denoised = self._call(x if self.copies == 1 else torch.cat((x, x)), sigma, conditioning)
         if self.copies == 1:
             return denoised, None

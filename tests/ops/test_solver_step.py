@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdiff_kernels import backend, ops
 from fastdiff_kernels.reference.skipping import D0, D2, NEWEST_AT, OLDER_AT, REUSE, RUN, STATE_WIDTH, STEPS, STORED
+from tests.samples import skipping as samples
 
 from ..helpers import FLOATS, assert_accurate, assert_bitwise, assert_independent_of_threads, assert_within_eager
 
@@ -261,17 +262,17 @@ def test_errors_name_the_argument(change, error, text):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gpu_kernel_agrees_with_the_definition(shape, dtype):
-    x, denoised, uncond, one, zero = (t.to("cuda", dtype) for t in tensors(5, *shape))
-    arguments = {"denoised": denoised, "uncond": uncond, "guidance": 2.0, "before": (one, zero), "mode": "tensor", "keep_noise": True}
+def test_gpu_kernels_agree_with_the_definition(dtype, index, name):
+    call = samples.SAMPLES["solver_step"](dtype, "cuda")[index]
     results = []
-    for name in ("triton", "reference"):
-        with backend(name):
-            results.append(ops.solver_step(x, 2.0, 1.0, state=fresh(1).cuda(), **arguments))
+    for chosen in (name, "reference"):
+        with backend(chosen):
+            results.append(torch.ops.fastdiff.solver_step.default(*call))
     for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 @pytest.mark.gpu
