@@ -248,8 +248,9 @@ _TABLE = (
         "group_norm_silu", "group_norm",
         "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, str? activation)"
         " -> (Tensor, Tensor, Tensor)",
-        _R.group_norm.group_norm_silu, _normalised_and_statistics, ("cpu", "triton"), differentiable=("x", "weight", "bias", "scale", "shift"),
-        saved=(1, 2), auxiliary=(1, 2), keeps_channels_last=True, flops=_per_element(14), size=_positions_and_channels,
+        _R.group_norm.group_norm_silu, _normalised_and_statistics, ("cpu", "triton"),
+        differentiable=("x", "weight", "bias", "scale", "shift"), saved=(1, 2), auxiliary=(1, 2), keeps_channels_last=True,
+        flops=_per_element(14), size=_positions_and_channels,
     ),
     Op(
         "lcss_noise", "score_matching", "(Tensor x, Tensor seed, int offset) -> Tensor",
