@@ -5,5 +5,16 @@ from __future__ import annotations
 from .._report import Entry, PatchReport
 from ._denoiser import ModelDenoiser, as_denoiser
 from ._patch import patch, unpatch
+from ._skip import SkipHandle, disable_adaptive_skip, enable_adaptive_skip
 
-__all__ = ["Entry", "ModelDenoiser", "PatchReport", "as_denoiser", "patch", "unpatch"]
+__all__ = [
+    "Entry",
+    "ModelDenoiser",
+    "PatchReport",
+    "SkipHandle",
+    "as_denoiser",
+    "disable_adaptive_skip",
+    "enable_adaptive_skip",
+    "patch",
+    "unpatch",
+]

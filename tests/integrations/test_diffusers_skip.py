@@ -1,0 +1,238 @@
+"""Adaptive skipping of whole denoisers: the published decisions, in every kind of loop, from one generation to the next."""
+
+from __future__ import annotations
+
+import contextlib
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdiff_kernels.integrations.diffusers import SkipHandle, disable_adaptive_skip, enable_adaptive_skip, patch
+from tests.diffusion.test_skipping import official_by_lists, tensor_by_lists
+from tests.helpers import assert_bitwise
+from tests.integrations.models import BY_NAME, dit_pipeline, randn
+
+# The schedulers' own, under numpy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+RULES = {"official": official_by_lists, "tensor": tensor_by_lists}
+every_mode = pytest.mark.parametrize(("mode", "threshold"), [("official", 0.05), ("tensor", 0.3)])
+
+
+class Model(nn.Module):
+    """Counts its calls; the output depends on the sample, so that a reused one can be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = 0
+        self.training = False
+
+    def forward(self, sample: Tensor, timestep: Tensor | float, scale: float = 1.0) -> tuple[Tensor]:
+        self.runs += 1
+        return (sample * scale,)
+
+
+def trajectory(steps: int, wobble: float = 0.05) -> list[Tensor]:
+    drift = randn(2, 3, 4, 4, seed=1)
+    return [drift * k + wobble * (1 if k % 9 == 0 else 0.1) * randn(2, 3, 4, 4, seed=k + 2) for k in range(steps + 1)]
+
+
+def walk(model: nn.Module, latents: list[Tensor], doubled: bool = False) -> list[Tensor]:
+    steps = len(latents) - 1
+    with torch.no_grad():
+        return [model(torch.cat((x, x)) if doubled else x, torch.tensor(steps - k))[0] for k, x in enumerate(latents[:-1])]
+
+
+@every_mode
+@pytest.mark.parametrize("doubled", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("max_skip", [1, 4])
+def test_decisions_are_the_published_ones_on_a_shared_trajectory(mode: str, threshold: float, doubled: bool, max_skip: int) -> None:
+    latents, model = trajectory(50), Model()
+    handle = enable_adaptive_skip(model, threshold, max_skip, mode)
+    outputs = walk(model, latents, doubled)
+    expected = RULES[mode](latents, threshold, max_skip)
+    assert handle.skipped == expected
+    assert 5 < sum(expected) < 45
+    assert (handle.calls, handle.computed, handle.saved) == (50, 50 - sum(expected), sum(expected))
+    assert model.runs == handle.computed
+    for k, skipped in enumerate(expected):
+        last = max(i for i in range(k + 1) if not expected[i])
+        assert_bitwise(outputs[k][:2], latents[last])
+        assert skipped == (last != k)
+
+
+@pytest.mark.parametrize("build", [diffusers.EulerDiscreteScheduler, diffusers.EDMEulerScheduler])
+def test_rescaled_inputs_are_undone(build) -> None:
+    scheduler, latents = build(), trajectory(40)
+    scheduler.set_timesteps(40)
+    model = Model()
+    handle = enable_adaptive_skip(model, 0.05, scheduler=scheduler)
+    with torch.no_grad():
+        for x, t in zip(latents[:-1], scheduler.timesteps, strict=True):
+            model(scheduler.scale_model_input(x, t), t)
+            scheduler._step_index += 1
+    assert handle.skipped == official_by_lists(latents, 0.05, 4)
+    assert handle.saved > 5
+
+
+def test_two_calls_with_the_same_latents_are_one_step() -> None:
+    latents, model = trajectory(30), Model()
+    handle = enable_adaptive_skip(model, 0.05)
+    with torch.no_grad():
+        for k, x in enumerate(latents[:-1]):
+            conditional, absent = model(x, 30 - k)[0], model(x, 30 - k, scale=-1.0)[0]
+            assert_bitwise(absent, -conditional)
+    assert handle.skipped == official_by_lists(latents, 0.05, 4)
+    assert handle.saved == 2 * sum(handle.skipped) > 0
+
+
+@pytest.mark.parametrize("change", ["time", "shape", "scheduler"])
+def test_each_generation_starts_afresh(change: str) -> None:
+    scheduler, model, latents = diffusers.DDIMScheduler(), Model(), trajectory(30)
+    handle = enable_adaptive_skip(model, 0.05, scheduler=scheduler)
+    scheduler.set_timesteps(30)
+    walk(model, latents[:20])
+    if change == "shape":
+        latents = [x[:1] for x in latents]
+    if change == "scheduler":
+        scheduler.set_timesteps(30)
+    with torch.no_grad():
+        for k, x in enumerate(latents[:-1]):
+            model(x, (30 if change == "time" else 0) - k)
+    assert handle.skipped == official_by_lists(latents, 0.05, 4)
+    assert handle.generations == 2
+
+
+def test_generations_of_one_step_never_reuse() -> None:
+    model = Model()
+    handle = enable_adaptive_skip(model, 100.0)
+    with torch.no_grad():
+        for k in range(12):
+            assert_bitwise(model(randn(1, 2, seed=k), 999)[0], randn(1, 2, seed=k))
+    assert handle.saved == 0
+
+
+def test_with_gradients_every_call_runs() -> None:
+    model = Model()
+    handle = enable_adaptive_skip(model, 100.0)
+    for k in range(12):
+        model(randn(1, 2).requires_grad_(), 12 - k)
+    assert handle.saved == 0
+
+
+def test_changes_in_place_do_not_reach_what_is_reused() -> None:
+    latents, model = trajectory(20, wobble=0.0), Model()
+    handle = enable_adaptive_skip(model, 0.5)
+    with torch.no_grad():
+        for k, x in enumerate(latents[:-1]):
+            out = model(x.clone(), 20 - k)[0]
+            assert_bitwise(out, latents[max(i for i in range(k + 1) if not handle.skipped[i])])
+            out.mul_(3)
+    assert handle.saved > 0
+
+
+def test_disabling_gives_the_forward_back_and_enabling_again_counts_afresh() -> None:
+    model = Model()
+    own = model.forward
+    first = enable_adaptive_skip(model, 0.5)
+    walk(model, trajectory(20))
+    second = enable_adaptive_skip(model, 0.01)
+    assert isinstance(second, SkipHandle)
+    assert second.calls == 0
+    walk(model, trajectory(3))
+    assert first.calls == 20
+    disable_adaptive_skip(model)
+    assert model.forward == own
+    assert "forward" not in vars(model)
+    disable_adaptive_skip(model)
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "DiTTransformer2DModel", "FluxTransformer2DModel"])
+def test_a_threshold_never_met_changes_nothing_in_any_architecture(name: str) -> None:
+    case = BY_NAME[name]
+    model = case.model()
+    patch(model)
+    key = "sample" if "sample" in case.inputs() else "hidden_states"
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            inputs = case.inputs()
+            return [
+                case.call(model, inputs={**inputs, key: inputs[key] * (1 + 0.1 * k), "timestep": torch.full((2,), 0.9 - 0.1 * k)})
+                for k in range(7)
+            ]
+
+    plain = run()
+    handle = enable_adaptive_skip(model, 0.0)
+    for a, b in zip(run(), plain, strict=True):
+        assert_bitwise(a, b)
+    assert (handle.calls, handle.saved, handle.generations) == (7, 0, 1)
+    enable_adaptive_skip(model, 10.0)
+    assert_bitwise(run()[4], plain[3])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_pipeline_without_callbacks_saves_calls_and_forgets_the_last_prompt(guidance: float) -> None:
+    pipeline = dit_pipeline()
+    runs = []
+    pipeline.transformer.transformer_blocks[0].register_forward_hook(lambda *args: runs.append(1))
+    handle = enable_adaptive_skip(pipeline, 0.05)
+
+    def images(label: int) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return torch.from_numpy(pipeline([label], guidance, generator, 20, output_type="np").images)
+
+    first, saved = images(1), handle.saved
+    assert 0 < saved < 16
+    assert (handle.calls, len(runs)) == (20, 20 - saved)
+    images(5)
+    assert_bitwise(images(1), first)
+    assert handle.generations == 3
+    disable_adaptive_skip(pipeline)
+    images(1)
+    assert handle.calls == 60
+
+
+def test_a_compiled_denoiser_is_skipped_as_a_whole() -> None:
+    case = BY_NAME["DiTTransformer2DModel"]
+    model = case.model()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    handle = enable_adaptive_skip(compiled, 10.0)
+    with torch.no_grad():
+        for k in range(7):
+            case.call(compiled, inputs={**case.inputs(), "timestep": torch.full((2,), 900 - k)})
+    assert (handle.calls, handle.computed) == (7, 4)
+    disable_adaptive_skip(compiled)
+    case.call(compiled)
+    assert handle.calls == 7
+
+
+def test_a_forward_replaced_since_is_not_lost() -> None:
+    model = Model()
+    own = lambda sample, timestep: (sample,)  # noqa: E731
+    model.forward = own
+    enable_adaptive_skip(model)
+    handled = model.forward
+    model.forward = lambda *args: handled(*args)
+    with pytest.raises(RuntimeError, match="replaced after skipping was enabled"):
+        disable_adaptive_skip(model)
+    model.forward = handled
+    disable_adaptive_skip(model)
+    assert model.forward is own
+
+
+def test_what_cannot_be_skipped_is_refused() -> None:
+    with pytest.raises(TypeError, match="a pipeline with one unet or transformer, got int"):
+        enable_adaptive_skip(3)
+    with pytest.raises(TypeError, match="must be called with a timestep, and Linear is not"):
+        enable_adaptive_skip(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="threshold must be finite and not negative"):
+        enable_adaptive_skip(Model(), -1.0)
+    with pytest.raises(ValueError, match="scheduler is the pipeline's own"):
+        enable_adaptive_skip(dit_pipeline(), scheduler=diffusers.DDIMScheduler())
+    model = Model()
+    with contextlib.suppress(AttributeError):
+        model.compile(backend="eager")
+    with pytest.raises(ValueError, match="compiled in place"):
+        enable_adaptive_skip(model)
