@@ -122,8 +122,14 @@ class Call(NamedTuple):
         return gated + ["shift", "scale"] if self.norm else gated
 
 
+def _whole_rows(call: Call) -> Call:
+    """The call with a table whose channels are innermost: a copy of three rows costs less than registers for their strides."""
+    return call._replace(table=_unit_stride(call.table))
+
+
 def _forward(call: Call) -> tuple[Tensor, ...]:
     """x + gate * branch where there is a branch, and the modulated norm where there is one."""
+    call = _whole_rows(call)
     x, tokens = call.x, call.x.shape[1]
     rows, channels = x.shape[0] * tokens, x.shape[2]
     hidden = None if call.branch is None else x.new_empty(x.shape)
@@ -164,6 +170,7 @@ def _backward(call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | N
     operands = (*map(_unit_stride, (grad_hidden, grad_modulated, x, call.branch)), call.gate, call.weight, call.scale)
     into = [grads.get(name) if name in ("x", "branch") or name in by_row else None for name in ("x", "branch", "gate", "shift", "scale")]
     # Wide rows of four bytes, or beside a weight, leave room for two sums; the third takes a pass of its own.
+    call = _whole_rows(call)
     at_once = 2 if channels > _WIDE and (x.dtype.itemsize >= 4 or "weight" in slots) else 4
     names = list(slots)
     for i in range(0, max(len(names), 1), at_once):
