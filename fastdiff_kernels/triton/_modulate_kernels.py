@@ -75,31 +75,6 @@ def _gates(gate, strides, table, table_strides, b, n, inside, CHANNELS: tl.const
 
 
 @triton.jit
-def _factors(
-    weight,
-    weight_strides,
-    scale,
-    strides,
-    table,
-    table_strides,
-    row: tl.constexpr,
-    b,
-    n,
-    inside,
-    CHANNELS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """The chunks of weight, and of 1 + scale with the table's row added to scale."""
-    weights = ()
-    factors = ()
-    for k in tl.static_range((CHANNELS + CHUNK - 1) // CHUNK):
-        columns, mask = _columns(k, inside, CHANNELS, CHUNK)
-        weights += (_modulation(weight, weight_strides, None, table_strides, 0, b, n, columns, mask, 1.0),)
-        factors += (1.0 + _modulation(scale, strides, table, table_strides, row, b, n, columns, mask, 0.0),)
-    return weights, factors
-
-
-@triton.jit
 def _statistics(h, inside, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr):
     """Mean and inverse deviation of rows given by chunks, which are zero beyond the tensor; the mean of an RMS norm is 0."""
     mean = 0.0
@@ -137,7 +112,7 @@ def _put(pointer, chunks, at, inside, CHANNELS: tl.constexpr, CHUNK: tl.constexp
             tl.store(pointer + at + columns, chunks[k], mask=mask)
 
 
-# Throughout, loads come before stores: the compiler cannot tell that they do not overlap, and would wait for one chunk to load the next.
+# Loads of activations come before stores: the compiler cannot tell that they do not overlap, and would wait for one chunk to load the next.
 
 
 @triton.jit
@@ -163,15 +138,13 @@ def _forward_kernel(
     _put(hidden_out, h, start, inside, CHANNELS, CHUNK)
     if modulated_out is not None:
         mean, inverse_deviation = _statistics(h, inside, CHANNELS, CHUNK, EPS, CENTRED)
-        weights, factors = _factors(
-            weight, weight_strides, scale, scale_strides, table, table_strides, FIRST + 1, b, n, inside, CHANNELS, CHUNK
-        )
-        modulated = ()
+        # One chunk of modulation at a time: it comes from the cache, and fewer registers keep more rows under way.
         for k in tl.static_range(CHUNKS):
             columns, mask = _columns(k, inside, CHANNELS, CHUNK)
+            factors = 1.0 + _modulation(scale, scale_strides, table, table_strides, FIRST + 1, b, n, columns, mask, 0.0)
+            factors *= _modulation(weight, weight_strides, None, table_strides, 0, b, n, columns, mask, 1.0)
             shifts = _modulation(shift, shift_strides, table, table_strides, FIRST, b, n, columns, mask, 0.0)
-            modulated += ((h[k] - mean) * inverse_deviation * (weights[k] * factors[k]) + shifts,)
-        _put(modulated_out, modulated, start, inside, CHANNELS, CHUNK)
+            tl.store(modulated_out + start + columns, (h[k] - mean) * inverse_deviation * factors + shifts, mask=mask)
 
 
 @triton.jit
