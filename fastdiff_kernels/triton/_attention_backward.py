@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._attention_tiles import LOG2_E, existing_keys, load_rows, narrow, offset, product, store_rows
+from ._attention_tiles import existing_keys, exponential, load_rows, narrow, offset, product, store_rows
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _query_gradients(
             more_values = load_rows(v, v_strides, start, length, BLOCK_N, HEAD, TAIL, WIDTH, UNIT, MASKED)
             logits = product(q_tail, tl.trans(more_keys), logits, PRECISION, WIDEN)
             gradients = product(grad_tail, tl.trans(more_values), gradients, PRECISION, WIDEN)
-        probabilities = tl.exp2(logits * scale - lse[:, None])
+        probabilities = exponential(logits, scale, lse[:, None], PRECISION)
         if MASKED:
             probabilities = tl.where((columns < length)[None, :], probabilities, 0.0)
         gradients = narrow(probabilities * (gradients - delta[:, None]), keys, WIDEN)
@@ -58,7 +58,9 @@ def query_kernel(
     out += offset(out_strides, b, 0, h, UNIT)
     grad_head = load_rows(grad, grad_strides, start, queries, BLOCK_M, 0, HEAD, WIDTH, UNIT, True)
     grad_tail = grad_head
-    moved = tl.sum(grad_head.to(tl.float32) * load_rows(out, out_strides, start, queries, BLOCK_M, 0, HEAD, WIDTH, UNIT, True).to(tl.float32), 1)
+    moved = tl.sum(
+        grad_head.to(tl.float32) * load_rows(out, out_strides, start, queries, BLOCK_M, 0, HEAD, WIDTH, UNIT, True).to(tl.float32), 1
+    )
     if TAIL:
         grad_tail = load_rows(grad, grad_strides, start, queries, BLOCK_M, HEAD, TAIL, WIDTH, UNIT, True)
         more = load_rows(out, out_strides, start, queries, BLOCK_M, HEAD, TAIL, WIDTH, UNIT, True)
@@ -74,7 +76,7 @@ def query_kernel(
         k += offset(k_strides, b, 0, h, UNIT)
         v += offset(v_strides, b, 0, h, UNIT)
         grad_q += offset(grad_q_strides, b, 0, h, UNIT)
-        log_sums = tl.load(lse + at, mask=rows < queries, other=0.0) * LOG2_E
+        log_sums = tl.load(lse + at, mask=rows < queries, other=0.0)
         q_head = load_rows(q, q_strides, start, queries, BLOCK_M, 0, HEAD, WIDTH, UNIT, True)
         head = tl.zeros([BLOCK_M, HEAD], tl.float32)
         q_tail = q_head
@@ -84,12 +86,12 @@ def query_kernel(
             tail = tl.zeros([BLOCK_M, TAIL], tl.float32)
         head, tail = _query_gradients(
             head, tail, q_head, q_tail, grad_head, grad_tail, log_sums, moved, k, v, k_strides, v_strides, 0, whole, length,
-            scale * LOG2_E, HEAD, TAIL, WIDTH, UNIT, BLOCK_N, False, PRECISION, WIDEN, STAGES,
+            scale, HEAD, TAIL, WIDTH, UNIT, BLOCK_N, False, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
         if not EVEN:
             head, tail = _query_gradients(
                 head, tail, q_head, q_tail, grad_head, grad_tail, log_sums, moved, k, v, k_strides, v_strides, whole, length, length,
-                scale * LOG2_E, HEAD, TAIL, WIDTH, UNIT, BLOCK_N, True, PRECISION, WIDEN, 1,
+                scale, HEAD, TAIL, WIDTH, UNIT, BLOCK_N, True, PRECISION, WIDEN, STAGES,
             )  # fmt: skip
         store_rows(grad_q, grad_q_strides, start, queries, head * scale, BLOCK_M, 0, HEAD, WIDTH, UNIT)
         if TAIL:
@@ -120,7 +122,7 @@ def _key_gradients(
         else:
             log_sums = tl.load(lse + rows)
             moved = tl.load(delta + rows)
-        probabilities = tl.exp2(logits * scale - (log_sums * LOG2_E)[None, :])
+        probabilities = exponential(logits, scale, log_sums[None, :], PRECISION)
         if WANT_V:
             narrowed = narrow(probabilities, grads, WIDEN)
             v_sums = product(narrowed, grads, v_sums, PRECISION, WIDEN)
@@ -175,12 +177,12 @@ def key_kernel(
         v_more = tl.zeros([BLOCK_N, TAIL], tl.float32)
     k_sums, k_more, v_sums, v_more = _key_gradients(
         k_sums, k_more, v_sums, v_more, k_head, k_tail, v_head, v_tail, q, grad, q_strides, grad_strides, lse, delta, 0, whole, queries,
-        scale * LOG2_E, grad_k is not None, grad_v is not None, HEAD, TAIL, WIDTH, UNIT, BLOCK_M, False, PRECISION, WIDEN, STAGES,
+        scale, grad_k is not None, grad_v is not None, HEAD, TAIL, WIDTH, UNIT, BLOCK_M, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     if not EVEN:
         k_sums, k_more, v_sums, v_more = _key_gradients(
             k_sums, k_more, v_sums, v_more, k_head, k_tail, v_head, v_tail, q, grad, q_strides, grad_strides, lse, delta, whole, end, queries,
-            scale * LOG2_E, grad_k is not None, grad_v is not None, HEAD, TAIL, WIDTH, UNIT, BLOCK_M, True, PRECISION, WIDEN, 1,
+            scale, grad_k is not None, grad_v is not None, HEAD, TAIL, WIDTH, UNIT, BLOCK_M, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
 
     # A row of padding has been given probabilities as if its key were zero.

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ._attention_forward import exponentials
-from ._attention_tiles import LOG2_E, existing_keys, load_rows, narrow, offset, product, store_rows
+from ._attention_tiles import existing_keys, load_rows, narrow, offset, product, store_rows
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _attend(
                 logits, t_logits, q_tail, t_q_tail, k, t_k, k_strides, t_k_strides, start, length,
                 BLOCK_N, HEAD, TAIL, WIDTH, UNIT, MASKED, PRECISION, WIDEN,
             )  # fmt: skip
-        powers, peak, shrink = exponentials(logits, peak, size * LOG2_E, columns, length, MASKED)
+        powers, peak, shrink = exponentials(logits, peak, size, columns, length, MASKED, PRECISION)
         t_powers = powers * (t_logits * size)
         total = total * shrink + tl.sum(powers, 1)
         t_total = t_total * shrink + tl.sum(t_powers, 1)
@@ -77,6 +77,7 @@ def _attend(
                 BLOCK_N, HEAD, TAIL, WIDTH, UNIT, MASKED, PRECISION, WIDEN,
             )  # fmt: skip
     return head, tail, t_head, t_tail, peak, total, t_total
+
 
 @triton.jit
 def dual_kernel(
@@ -141,12 +142,12 @@ def dual_kernel(
         head, tail, t_head, t_tail, peak, total, t_total = _attend(
             head, tail, t_head, t_tail, peak, total, t_total, q_head, q_tail, t_q_head, t_q_tail, k, v, t_k, t_v,
             k_strides, v_strides, t_k_strides, t_v_strides, whole, length, length, size,
-            HEAD, TAIL, WIDTH, UNIT, BLOCK_M, BLOCK_N, True, PRECISION, WIDEN, 1,
+            HEAD, TAIL, WIDTH, UNIT, BLOCK_M, BLOCK_N, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
 
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     mean = t_total * inverse
-    tl.store(lse + item * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries)
+    tl.store(lse + item * queries + rows, peak + tl.log(total), mask=rows < queries)
     tl.store(t_lse + item * queries + rows, mean, mask=rows < queries)
     _store_both(head, t_head, inverse, mean, out, t_out, out_strides, start, queries, BLOCK_M, 0, HEAD, WIDTH, UNIT)
     if TAIL:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._attention_tiles import LOG2_E, existing_keys, load_rows, narrow, offset, product, store_rows
+from ._attention_tiles import LOG2_E, existing_keys, exponential, load_rows, narrow, offset, product, store_rows
 
 
 @triton.jit
-def exponentials(logits, peak, scale, columns, length, MASKED: tl.constexpr):
-    """2^(scale logits - peak) with the peak raised to the greatest of them, and what earlier sums shrink by."""
+def exponentials(logits, peak, scale, columns, length, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """e^(scale logits - peak) with the peak raised to the greatest of scale logits, and what earlier sums shrink by."""
     if MASKED:
-        logits = tl.where((columns < length)[None, :], logits * scale, -float("inf"))
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        powers = tl.exp2(logits - higher[:, None])
+        exists = (columns < length)[None, :]
+        higher = tl.maximum(peak, tl.max(tl.where(exists, logits, -float("inf")), 1) * scale)
+        powers = tl.where(exists, exponential(logits, scale, higher[:, None], PRECISION), 0.0)
     else:
         higher = tl.maximum(peak, tl.max(logits, 1) * scale)
-        powers = tl.exp2(logits * scale - higher[:, None])
-    return powers, higher, tl.exp2(peak - higher)
+        powers = exponential(logits, scale, higher[:, None], PRECISION)
+    return powers, higher, tl.exp2((peak - higher) * LOG2_E)
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _attend(
         if TAIL:
             keys = load_rows(k, k_strides, start, length, BLOCK_N, HEAD, TAIL, WIDTH, UNIT, MASKED)
             logits = product(q_tail, tl.trans(keys), logits, PRECISION, WIDEN)
-        powers, peak, shrink = exponentials(logits, peak, scale, columns, length, MASKED)
+        powers, peak, shrink = exponentials(logits, peak, scale, columns, length, MASKED, PRECISION)
         total = total * shrink + tl.sum(powers, 1)
         values = load_rows(v, v_strides, start, length, BLOCK_N, 0, HEAD, WIDTH, UNIT, MASKED)
         powers = narrow(powers, values, WIDEN)
@@ -79,7 +79,7 @@ def forward_kernel(
         if NEGATIVE:
             q_tail = -q_tail
         tail = tl.zeros([BLOCK_M, TAIL], tl.float32)
-    scale = tl.abs(scale) * LOG2_E
+    scale = tl.abs(scale)
     head, tail, peak, total = _attend(
         head, tail, peak, total, q_head, q_tail, k, v, k_strides, v_strides, 0, whole, length, scale,
         HEAD, TAIL, WIDTH, UNIT, BLOCK_N, False, PRECISION, WIDEN, STAGES,
@@ -87,10 +87,10 @@ def forward_kernel(
     if not EVEN:
         head, tail, peak, total = _attend(
             head, tail, peak, total, q_head, q_tail, k, v, k_strides, v_strides, whole, length, length, scale,
-            HEAD, TAIL, WIDTH, UNIT, BLOCK_N, True, PRECISION, WIDEN, 1,
+            HEAD, TAIL, WIDTH, UNIT, BLOCK_N, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
 
-    tl.store(lse + item * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries)
+    tl.store(lse + item * queries + rows, peak + tl.log(total), mask=rows < queries)
     # Without keys the sums are zero, and so is the output.
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     store_rows(out, out_strides, start, queries, head * inverse[:, None], BLOCK_M, 0, HEAD, WIDTH, UNIT)

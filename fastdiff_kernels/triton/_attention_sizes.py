@@ -66,13 +66,13 @@ LONG = 1024
 
 def sizes(kernel: str, q: Tensor) -> Sizes:
     """The row for a kernel, "forward", "queries", "keys" or "dual", at q's width and dtype on its GPU."""
+    if interpreting():
+        # Every block costs the interpreter about the same; these are large enough for it, and small enough to need several.
+        return Sizes(64, 32, 4, 2)
     width = sum(pieces(q.shape[3]))
     column = next(i for i, limit in enumerate(_WIDTHS) if width <= limit)
     if q.dtype == torch.float32:
         return _WIDE[kernel][column]
-    if interpreting():
-        # Every block costs the interpreter about the same; these are large enough for it, and small enough to need several.
-        return Sizes(64, 32, 4, 2)
     large = capability(q) in _LARGE
     long = large and kernel == "forward" and q.shape[1] >= LONG
     return (_NARROW_LARGE if large else _NARROW_SMALL)["forward, long" if long else kernel][column]

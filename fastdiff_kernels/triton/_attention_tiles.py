@@ -28,6 +28,16 @@ def product(a, b, sums, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def exponential(logits, scale, shift, PRECISION: tl.constexpr):
+    """e^(scale logits - shift), the shift [rows, 1] or [1, columns]."""
+    if PRECISION == "ieee":
+        # The difference first: it is small where the result is not, and so is what its product with a rounded constant loses.
+        return tl.exp2((logits * scale - shift) * LOG2_E)
+    else:
+        return tl.exp2(logits * (scale * LOG2_E) - shift * LOG2_E)
+
+
+@triton.jit
 def narrow(x, like, WIDEN: tl.constexpr):
     """x in the dtype in which it is multiplied by `like`."""
     return x if WIDEN else x.to(like.dtype)
