@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .._report import Entry, PatchReport
+from ._backend import register_attention_backend, reset_attention_backend, set_attention_backend, unregister_attention_backend
 from ._denoiser import ModelDenoiser, as_denoiser
 from ._patch import patch, unpatch
 from ._skip import SkipHandle, disable_adaptive_skip, enable_adaptive_skip
@@ -16,5 +17,9 @@ __all__ = [
     "disable_adaptive_skip",
     "enable_adaptive_skip",
     "patch",
+    "register_attention_backend",
+    "reset_attention_backend",
+    "set_attention_backend",
     "unpatch",
+    "unregister_attention_backend",
 ]

@@ -202,9 +202,9 @@ def refusal(attn: Any) -> str | None:
     return None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None, scale: float | None = None) -> Tensor:
     """Attention of heads [B, N, H, D] to [B, M, H, D], as tokens [B, N, H D]."""
-    return cast(Tensor, ops.attention(query, key, value, key_lengths=lengths)).flatten(2)
+    return cast(Tensor, ops.attention(query, key, value, scale=scale, key_lengths=lengths)).flatten(2)
 
 
 def normed(

@@ -34,7 +34,7 @@ class SkipHandle:
         self.rule = rule
         self.pipeline = pipeline
         self._scheduler = scheduler
-        self.before = vars(model).get("forward")
+        self.before: Any = vars(model).get("forward")
         self.run = model.forward
         inner: Any = getattr(model, "_orig_mod", model)
         names = list(inspect.signature(type(inner).forward).parameters)[1:]
@@ -179,9 +179,9 @@ def disable_adaptive_skip(model_or_pipeline: Any) -> None:
 
 
 def _disable(model: Any) -> None:
-    handle: Any = vars(model).get(_HANDLE)
-    if handle is None:
+    if _HANDLE not in vars(model):
         return
+    handle: SkipHandle = vars(model)[_HANDLE]
     if getattr(model.forward, "__self__", None) is not handle:
         raise RuntimeError("the model's forward was replaced after skipping was enabled, by hooks (offloading); remove those first")
     if handle.before is None:
