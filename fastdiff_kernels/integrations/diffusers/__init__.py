@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from .._denoiser import ModelDenoiser
 from .._report import Entry, PatchReport
 from ._backend import register_attention_backend, reset_attention_backend, set_attention_backend, unregister_attention_backend
-from ._denoiser import ModelDenoiser, as_denoiser
+from ._denoiser import as_denoiser
 from ._patch import patch, unpatch
 from ._skip import SkipHandle, disable_adaptive_skip, enable_adaptive_skip
 

@@ -1,0 +1,88 @@
+"""Replacing modules that are known by what they are made of, after their forward was compared with the one that replaces it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._report import Entry, PatchReport
+from ._swap import Replacement, restore, swap
+
+_TOLERANCE = 1e-4
+
+
+class Shape(Replacement):
+    """A mixin with the forward that replaces a host's, for every class that looks like it."""
+
+    parts: tuple[str, ...]
+    """Attributes that a module of this shape has."""
+
+    @classmethod
+    def refusal(cls, module: Any) -> str | None:
+        """Why a module with these parts is none of this shape after all, or None."""
+        raise NotImplementedError
+
+    @classmethod
+    def example(cls, module: Any) -> tuple[Tensor, ...]:
+        """Small float32 arguments of the module's forward."""
+        raise NotImplementedError
+
+
+@cache
+def _subclass(shape: Any, kind: Any) -> Any:
+    return type(f"Fused{kind.__name__}", (shape, kind), {"replaces": kind, "__module__": kind.__module__})
+
+
+def patch_shapes(model: nn.Module, shapes: Sequence[type[Shape]]) -> PatchReport:
+    """Swaps the class of every module that has one of these shapes and computes what it says."""
+    entries = [_patch(name, module, shapes) for name, module in model.named_modules()]
+    return PatchReport(type(model).__name__, entries)
+
+
+def unpatch_shapes(model: nn.Module, shapes: Sequence[type[Shape]]) -> None:
+    """Undoes `patch_shapes`."""
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(shapes)):
+            restore(module, name)
+
+
+def _patch(name: str, module: Any, shapes: Sequence[Any]) -> Entry:
+    if isinstance(module, Shape):
+        return Entry(name, module.replaces.__name__, replacement=type(module).__name__)
+    kind: Any = type(module)
+    shape = next((shape for shape in shapes if all(hasattr(module, part) for part in shape.parts)), None)
+    if shape is None:
+        return Entry(name, kind.__name__, reason="no op here computes it")
+    reason = "its forward was replaced by hooks" if "forward" in vars(module) else shape.refusal(module) or _difference(module, shape)
+    if reason is not None:
+        return Entry(name, kind.__name__, reason=reason)
+    swap(module, _subclass(shape, kind))
+    return Entry(name, kind.__name__, replacement=type(module).__name__)
+
+
+def _difference(module: Any, shape: Any) -> str | None:
+    """Both forwards on a copy with random parameters: those at zero would hide what they multiply."""
+    kind: Any = type(module)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        torch.manual_seed(0)
+        twin = copy.deepcopy(module).to(device="cpu", dtype=torch.float32).eval()
+        for child in twin.modules():
+            # Nobody asked to see this.
+            for hooks in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks):
+                hooks.clear()
+        for parameter in twin.parameters():
+            fan = parameter[0].numel() if parameter.dim() > 1 else 4
+            parameter.copy_(torch.randn(parameter.shape) / max(fan, 1) ** 0.5)
+        args = shape.example(twin)
+        before: Tensor = twin(*[a.clone() for a in args])
+        swap(twin, _subclass(shape, kind))
+        after: Tensor = twin(*[a.clone() for a in args])
+    scale = max(before.abs().max().item(), 1.0)
+    if before.shape != after.shape or not (before - after).abs().max().item() <= _TOLERANCE * scale:
+        return f"it has the parts of {shape.__name__} and computes something else"
+    return None
