@@ -117,6 +117,10 @@ def _sample_and_batch(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _batch(x)
 
 
+def _loss_and_two_doubles(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _batch(x), *(x.new_empty(x.shape[:1], dtype=torch.float64) for _ in range(2))
+
+
 def channels_last_aware_empty(x: Tensor) -> Tensor:
     """Empty, of x's shape; channels_last where x is, otherwise contiguous."""
     for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
@@ -261,41 +265,49 @@ _TABLE = (
         _R.score_matching.lcss_perturb, _like_first, _ALL, differentiable=("x",), flops=_per_element(42),
     ),
     Op(
-        "lcss_loss", "score_matching", "(Tensor score, Tensor noise, Tensor sigma, Tensor gamma, Tensor weight) -> Tensor",
-        _R.score_matching.lcss_loss_stored, _batch, _ALL, differentiable=("score", "noise"), flops=_per_element(4),
+        "lcss_loss", "score_matching",
+        "(Tensor score, Tensor noise, Tensor? mirrored, Tensor sigma, Tensor gamma, Tensor weight) -> Tensor",
+        _R.score_matching.lcss_loss_stored, _batch, _ALL,
+        differentiable=("score", "noise", "mirrored"), recorded=True, flops=_per_element(4),
     ),
     Op(
         "lcss_loss_seeded", "score_matching",
-        "(Tensor score, Tensor seed, Tensor sigma, Tensor gamma, Tensor weight, int offset) -> Tensor",
-        _R.score_matching.lcss_loss_seeded, _batch, _ALL, differentiable=("score",), flops=_per_element(44),
+        "(Tensor score, Tensor seed, Tensor? mirrored, Tensor sigma, Tensor gamma, Tensor weight, int offset) -> Tensor",
+        _R.score_matching.lcss_loss_seeded, _batch, _ALL,
+        differentiable=("score", "mirrored"), recorded=True, flops=_per_element(44),
     ),
     Op(
         "denoising_loss", "score_matching", "(Tensor denoised, Tensor clean, Tensor weight) -> Tensor",
-        _R.score_matching.denoising_loss, _batch, _ALL, differentiable=("denoised", "clean"), flops=_per_element(3),
+        _R.score_matching.denoising_loss, _batch, _ALL,
+        differentiable=("denoised", "clean"), recorded=True, flops=_per_element(3),
     ),
     Op(
-        "sim_loss", "distillation", "(Tensor fake, Tensor teacher, Tensor sample, Tensor weight, Tensor c, str distance) -> Tensor",
-        _R.distillation.sim_loss, _batch, ("cpu",), differentiable=("fake", "teacher", "sample"), flops=_per_element(6),
+        "sim_loss", "distillation",
+        "(Tensor fake, Tensor teacher, Tensor sample, Tensor? noisy, Tensor? c_skip, Tensor? c_out, Tensor weight, Tensor c, str distance)"
+        " -> (Tensor, Tensor, Tensor)",
+        _R.distillation.sim_loss, _loss_and_two_doubles, ("cpu", "triton"),
+        differentiable=("fake", "teacher", "sample", "noisy"), saved=(1, 2), auxiliary=(1, 2), flops=_per_element(6),
     ),
     Op(
         "moment_matching_loss", "distillation", "(Tensor sample, Tensor auxiliary, Tensor teacher, Tensor weight) -> Tensor",
-        _R.distillation.moment_matching_loss, _batch, ("cpu",),
-        differentiable=("sample",), stopped=("auxiliary", "teacher"), flops=_per_element(3),
+        _R.distillation.moment_matching_loss, _batch, ("cpu", "triton"),
+        differentiable=("sample",), stopped=("auxiliary", "teacher"), recorded=True, flops=_per_element(3),
     ),
     Op(
         "moment_matching_auxiliary_loss", "distillation", "(Tensor sample, Tensor auxiliary, Tensor teacher, Tensor weight) -> Tensor",
-        _R.distillation.moment_matching_auxiliary_loss, _batch, ("cpu",),
-        differentiable=("auxiliary",), stopped=("sample", "teacher"), flops=_per_element(6),
+        _R.distillation.moment_matching_auxiliary_loss, _batch, ("cpu", "triton"),
+        differentiable=("auxiliary",), stopped=("sample", "teacher"), recorded=True, flops=_per_element(6),
     ),
     Op(
         "posterior_sample", "sampling",
         "(Tensor denoised, Tensor noisy, Tensor sigma_s, Tensor sigma_t, Tensor seed, int offset) -> Tensor",
-        _R.sampling.posterior_sample, _like_first, ("cpu",), differentiable=("denoised", "noisy"), flops=_per_element(45),
+        _R.sampling.posterior_sample, _like_first, ("cpu", "triton"), differentiable=("denoised", "noisy"), flops=_per_element(45),
     ),
     Op(
         "guided_step", "sampling",
         "(Tensor x, Tensor denoised, Tensor sigma, Tensor sigma_next, Tensor? uncond, Tensor guidance) -> (Tensor, Tensor)",
-        _R.sampling.guided_step, _sample_and_batch, ("cpu",), differentiable=("x", "denoised", "uncond"), flops=_per_element(7),
+        _R.sampling.guided_step, _sample_and_batch, ("cpu", "triton"),
+        differentiable=("x", "denoised", "uncond"), optional_grads=True, flops=_per_element(7),
     ),
     Op(
         "third_order_skip", "skipping", "(Tensor d0, Tensor d1, Tensor d2, Tensor threshold) -> Tensor",

@@ -60,6 +60,15 @@ struct Samples {
 // Long enough to amortise a task, short enough for a sample to be spread over threads. A multiple of 4: the normals come in fours.
 constexpr int64_t kChunk = 16384;
 
+// Short enough for a few operands to stay in the first cache between one loop over it and the next. The run length of sum().
+constexpr int64_t kRunLength = 1024;
+
+// Calls body(first, last) for every run of [begin, end), in order.
+template <class F>
+FD_INLINE void for_each_run(int64_t begin, int64_t end, F&& body) {
+  for (int64_t i = begin; i < end; i += kRunLength) body(i, i + kRunLength < end ? i + kRunLength : end);
+}
+
 // Calls body(b, begin, end) for every chunk of every sample, in parallel.
 template <class F>
 void for_each_chunk(const Samples& samples, F&& body) {
@@ -93,7 +102,7 @@ void reduce_samples(const Samples& samples, F&& body, G&& finish) {
 // enough for each to add few terms, which keeps the error near that of a pairwise sum.
 template <class A, class F>
 FD_INLINE double sum(int64_t begin, int64_t end, F&& term) {
-  constexpr int64_t run = 1024, lanes = 128 / sizeof(A);
+  constexpr int64_t run = kRunLength, lanes = 128 / sizeof(A);
   double total = 0;
   for (int64_t i = begin; i < end; i += run) {
     const int64_t stop = i + run < end ? i + run : end, whole = i + (stop - i) / lanes * lanes;

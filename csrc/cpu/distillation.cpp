@@ -10,162 +10,278 @@ namespace {
 
 struct SimArguments {
   Tensor fake, teacher, sample;
+  std::optional<Tensor> noisy, c_skip, c_out;
   const Tensor &weight, &c;
   bool pseudo_huber;
+
+  SimArguments(
+      const Tensor& fake_in, const Tensor& teacher_in, const Tensor& sample_in, const std::optional<Tensor>& noisy_in,
+      const std::optional<Tensor>& skip, const std::optional<Tensor>& out, const Tensor& weight_in, const Tensor& constant,
+      const std::string& distance)
+      : fake(dense(fake_in)),
+        teacher(dense(teacher_in)),
+        sample(dense(sample_in)),
+        c_skip(skip),
+        c_out(out),
+        weight(weight_in),
+        c(constant),
+        pseudo_huber(distance == "pseudo_huber") {
+    if (noisy_in) noisy = dense(*noisy_in);
+  }
 };
+
+struct SimGradients {
+  Tensor fake, teacher, sample, noisy;
+
+  SimGradients(const SimArguments& arguments, const std::vector<bool>& needs)
+      : fake(needs[0] ? empty_as(arguments.fake) : absent(arguments.fake)),
+        teacher(needs[1] ? empty_as(arguments.teacher) : absent(arguments.fake)),
+        sample(needs[2] ? empty_as(arguments.sample) : absent(arguments.fake)),
+        noisy(needs[3] ? empty_as(arguments.sample) : absent(arguments.fake)) {}
+};
+
+Tensor empty_doubles(const Tensor& x) {
+  const int64_t batch = x.size(0);
+  return torch::stable::new_empty(x, {batch}, ScalarType::Double);
+}
 
 template <class T>
-struct SimInputs {
+T* target(const Tensor& x) {
+  return x.numel() == 0 ? nullptr : write<T>(x);
+}
+
+// Both networks' outputs in T, the samples they are compared with in S. Raw: the outputs are F of D = skip noisy + out F.
+template <class T, class S, bool Raw>
+class Sim {
   using A = Acc<T>;
-  const T *fake, *teacher, *sample;
 
-  explicit SimInputs(const SimArguments& arguments)
-      : fake(read<T>(arguments.fake)), teacher(read<T>(arguments.teacher)), sample(read<T>(arguments.sample)) {}
+ public:
+  explicit Sim(const SimArguments& arguments)
+      : fake_(read<T>(arguments.fake)),
+        teacher_(read<T>(arguments.teacher)),
+        sample_(read<S>(arguments.sample)),
+        noisy_(Raw ? read<S>(*arguments.noisy) : nullptr),
+        skip_(Raw ? *arguments.c_skip : arguments.weight),
+        out_(Raw ? *arguments.c_out : arguments.weight),
+        weight_(arguments.weight),
+        c_(arguments.c),
+        samples_(arguments.fake),
+        pseudo_huber_(arguments.pseudo_huber) {}
 
-  FD_INLINE A gap(int64_t i) const { return load(fake[i]) - load(teacher[i]); }
-  FD_INLINE A error(int64_t i) const { return load(fake[i]) - load(sample[i]); }
+  void forward(const Tensor& loss, const Tensor& gap, const Tensor& projection) const {
+    A* losses = write<A>(loss);
+    double *gaps = write<double>(gap), *projections = write<double>(projection);
+    const auto chunk = [this](int64_t b, int64_t begin, int64_t end) {
+      const Sample self = sample(b);
+      std::array<double, 2> sums{};
+      for_each_run(begin, end, [&](int64_t first, int64_t last) {
+        sums[0] += sum<A>(first, last, [=](int64_t i) { return self.gap(i) * self.gap(i); });
+        sums[1] += sum<A>(first, last, [=](int64_t i) { return self.gap(i) * self.error(i); });
+      });
+      return sums;
+    };
+    reduce_samples<2>(samples_, chunk, [&, this](int64_t b, const std::array<double, 2>& sums) {
+      const double length = std::sqrt(sums[0]), projected = sim_projection(sums[1], length, c_[b], pseudo_huber_);
+      losses[b] = static_cast<A>(-static_cast<double>(weight_[b]) * projected);
+      gaps[b] = length;
+      projections[b] = projected;
+    });
+  }
+
+  void backward(const Tensor& grad, const Tensor& gap, const Tensor& projection, const SimGradients& gradients) const {
+    T *to_fake = target<T>(gradients.fake), *to_teacher = target<T>(gradients.teacher);
+    S *to_sample = target<S>(gradients.sample), *to_noisy = target<S>(gradients.noisy);
+    const PerSample<A> upstream(grad);
+    const double *gaps = read<double>(gap), *projections = read<double>(projection);
+    for_each_chunk(samples_, [=, this](int64_t b, int64_t begin, int64_t end) {
+      const Sample self = sample(b);
+      const SimFactors f = sim_factors(gaps[b], projections[b], c_[b], pseudo_huber_);
+      const double scale = static_cast<double>(weight_[b]) * upstream[b], network = Raw ? self.out * scale : scale;
+      const A linear = static_cast<A>(network * f.linear), radial = static_cast<A>(network * f.radial);
+      const A of_sample = static_cast<A>(scale * f.linear), of_noisy = static_cast<A>(-self.skip * scale * f.linear);
+      const int64_t at = b * samples_.elements;
+      // One target after another: a run's operands are read from memory once, from the cache thereafter.
+      for_each_run(begin, end, [=](int64_t first, int64_t last) {
+        if (to_fake != nullptr) {
+          for (int64_t i = first; i < last; ++i) to_fake[at + i] = store<T>(sim_fake_gradient(self.gap(i), self.error(i), linear, radial));
+        }
+        if (to_teacher != nullptr) {
+          for (int64_t i = first; i < last; ++i) {
+            to_teacher[at + i] = store<T>(sim_teacher_gradient(self.gap(i), self.error(i), linear, radial));
+          }
+        }
+        if (to_sample != nullptr) {
+          for (int64_t i = first; i < last; ++i) to_sample[at + i] = store<S>(of_sample * self.gap(i));
+        }
+        if (to_noisy != nullptr) {
+          for (int64_t i = first; i < last; ++i) to_noisy[at + i] = store<S>(of_noisy * self.gap(i));
+        }
+      });
+    });
+  }
+
+ private:
+  struct Sample {
+    const T *fake, *teacher;
+    const S *clean, *noisy;
+    A skip, out;
+
+    FD_INLINE A gap(int64_t i) const {
+      const A difference = load(fake[i]) - load(teacher[i]);
+      return Raw ? out * difference : difference;
+    }
+    FD_INLINE A error(int64_t i) const {
+      if constexpr (Raw) return skip * load(noisy[i]) + out * load(fake[i]) - load(clean[i]);
+      return load(fake[i]) - load(clean[i]);
+    }
+  };
+
+  FD_INLINE Sample sample(int64_t b) const {
+    const int64_t at = b * samples_.elements;
+    return {fake_ + at, teacher_ + at, sample_ + at, Raw ? noisy_ + at : nullptr, skip_[b], out_[b]};
+  }
+
+  const T *fake_, *teacher_;
+  const S *sample_, *noisy_;
+  PerSample<A> skip_, out_, weight_, c_;
+  Samples samples_;
+  bool pseudo_huber_;
 };
 
-// Calls finish(b, factors) for every sample; the same sums in the same order in forward and backward.
-template <class T, class F>
-void for_each_sim_sample(const SimArguments& arguments, F&& finish) {
-  const SimInputs<T> inputs(arguments);
-  const PerSample<Acc<T>> constants(arguments.c);
-  const Samples samples(arguments.fake);
-  const bool pseudo_huber = arguments.pseudo_huber;
-  const auto chunk = [=](int64_t b, int64_t begin, int64_t end) {
-    const int64_t first = b * samples.elements + begin, last = b * samples.elements + end;
-    return std::array<double, 2>{
-        pseudo_huber ? sum<Acc<T>>(first, last, [=](int64_t i) { return inputs.gap(i) * inputs.gap(i); }) : 0.0,
-        sum<Acc<T>>(first, last, [=](int64_t i) { return inputs.gap(i) * inputs.error(i); }),
-    };
-  };
-  reduce_samples<2>(samples, chunk, [&](int64_t b, const std::array<double, 2>& sums) {
-    finish(b, sim_factors<double>(sums[0], sums[1], constants[b], pseudo_huber));
-  });
-}
-
-Tensor sim_loss(const Tensor& fake, const Tensor& teacher, const Tensor& sample, const Tensor& weight, const Tensor& c, std::string distance) {
-  const SimArguments arguments{dense(fake), dense(teacher), dense(sample), weight, c, distance == "pseudo_huber"};
-  Tensor out = empty_batch(fake);
-  dispatch(fake.scalar_type(), [&](auto tag) {
+// Calls body with the Sim of the arguments' dtypes: samples have that of the networks' outputs, or are float32 beside 16 bits.
+template <class Body>
+void with_sim(const SimArguments& arguments, Body&& body) {
+  dispatch(arguments.fake.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using A = Acc<T>;
-    A* loss = write<A>(out);
-    const PerSample<A> weights(weight);
-    for_each_sim_sample<T>(arguments, [=](int64_t b, const SimFactors<double>& factors) {
-      loss[b] = static_cast<A>(-static_cast<double>(weights[b]) * factors.value);
-    });
+    const auto with_samples = [&](auto companion) {
+      using S = typename decltype(companion)::type;
+      arguments.noisy ? body(Sim<T, S, true>(arguments)) : body(Sim<T, S, false>(arguments));
+    };
+    arguments.sample.scalar_type() == arguments.fake.scalar_type() ? with_samples(tag) : with_samples(Tag<Acc<T>>{});
   });
-  return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> sim_loss_backward(
-    const Tensor& grad, const Tensor& fake, const Tensor& teacher, const Tensor& sample, const Tensor& weight, const Tensor& c,
-    std::string distance, std::vector<bool> needs) {
-  const SimArguments arguments{dense(fake), dense(teacher), dense(sample), weight, c, distance == "pseudo_huber"};
+std::tuple<Tensor, Tensor, Tensor> sim_loss(
+    const Tensor& fake, const Tensor& teacher, const Tensor& sample, std::optional<Tensor> noisy, std::optional<Tensor> c_skip,
+    std::optional<Tensor> c_out, const Tensor& weight, const Tensor& c, std::string distance) {
+  const SimArguments arguments(fake, teacher, sample, noisy, c_skip, c_out, weight, c, distance);
+  const Tensor loss = empty_batch(fake), gap = empty_doubles(fake), projection = empty_doubles(fake);
+  with_sim(arguments, [&](const auto& sim) { sim.forward(loss, gap, projection); });
+  return {loss, gap, projection};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sim_loss_backward(
+    const Tensor& grad, const Tensor& fake, const Tensor& teacher, const Tensor& sample, std::optional<Tensor> noisy,
+    std::optional<Tensor> c_skip, std::optional<Tensor> c_out, const Tensor& weight, const Tensor& c, std::string distance,
+    const Tensor& gap, const Tensor& projection, std::vector<bool> needs) {
+  const SimArguments arguments(fake, teacher, sample, noisy, c_skip, c_out, weight, c, distance);
+  const SimGradients gradients(arguments, needs);
   const Tensor grads = dense(grad);
-  Tensor grad_fake = needs[0] ? empty_as(fake) : absent(fake);
-  Tensor grad_teacher = needs[1] ? empty_as(teacher) : absent(fake);
-  Tensor grad_sample = needs[2] ? empty_as(sample) : absent(fake);
-  dispatch(fake.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = Acc<T>;
-    const Samples samples(fake);
-    struct Factors {
-      A scale, linear, radial;
-    };
-    std::vector<Factors> factors(samples.batch);
-    const PerSample<A> weights(weight), upstream(grads);
-    for_each_sim_sample<T>(arguments, [&](int64_t b, const SimFactors<double>& found) {
-      factors[b] = {weights[b] * upstream[b], static_cast<A>(found.linear), static_cast<A>(found.radial)};
+  with_sim(arguments, [&](const auto& sim) { sim.backward(grads, gap, projection, gradients); });
+  return {gradients.fake, gradients.teacher, gradients.sample, gradients.noisy};
+}
+
+// The two losses of moment matching: an element's term, and its derivative in what is differentiated.
+struct Generator {
+  template <class A>
+  static FD_INLINE A term(A sample, A auxiliary, A teacher) {
+    return sample * (auxiliary - teacher);
+  }
+  template <class A>
+  static FD_INLINE A derivative(A, A auxiliary, A teacher) {
+    return auxiliary - teacher;
+  }
+};
+
+struct Auxiliary {
+  template <class A>
+  static FD_INLINE A term(A sample, A auxiliary, A teacher) {
+    return auxiliary_term(sample, auxiliary, teacher);
+  }
+  template <class A>
+  static FD_INLINE A derivative(A sample, A auxiliary, A teacher) {
+    return 2 * auxiliary_gradient(sample, auxiliary, teacher);
+  }
+};
+
+template <class Kind>
+class MomentMatching {
+ public:
+  MomentMatching(const Tensor& sample, const Tensor& auxiliary, const Tensor& teacher, const Tensor& weight)
+      : sample_(dense(sample)), auxiliary_(dense(auxiliary)), teacher_(dense(teacher)), weight_(weight) {}
+
+  // The loss and, where `gradient` has elements, the gradient for an upstream gradient of 1 in the same pass.
+  Tensor forward(const Tensor& gradient) const {
+    const Tensor out = empty_batch(sample_);
+    dispatch(sample_.scalar_type(), [&, this](auto tag) {
+      using T = typename decltype(tag)::type;
+      using A = Acc<T>;
+      const T *x = read<T>(sample_), *a = read<T>(auxiliary_), *t = read<T>(teacher_);
+      T* y = target<T>(gradient);
+      A* loss = write<A>(out);
+      const PerSample<A> weights(weight_);
+      const Samples samples(sample_);
+      const auto chunk = [=](int64_t b, int64_t begin, int64_t end) {
+        std::array<double, 1> sums{};
+        for_each_run(b * samples.elements + begin, b * samples.elements + end, [&](int64_t first, int64_t last) {
+          sums[0] += sum<A>(first, last, [=](int64_t i) { return Kind::template term<A>(load(x[i]), load(a[i]), load(t[i])); });
+          if (y != nullptr) write_gradient<T>(x, a, t, y, weights[b], first, last);
+        });
+        return sums;
+      };
+      reduce_samples<1>(samples, chunk, [&](int64_t b, const std::array<double, 1>& sums) { loss[b] = static_cast<A>(weights[b] * sums[0]); });
     });
-    const SimInputs<T> inputs(arguments);
-    T *to_fake = write<T>(grad_fake), *to_teacher = write<T>(grad_teacher), *to_sample = write<T>(grad_sample);
-    for_each_chunk(samples, [&](int64_t b, int64_t begin, int64_t end) {
-      const A scale = factors[b].scale, linear = factors[b].linear, radial = factors[b].radial;
-      const int64_t first = b * samples.elements + begin, last = b * samples.elements + end;
-      if (needs[0]) {
-#pragma omp simd
-        for (int64_t i = first; i < last; ++i) {
-          to_fake[i] = store<T>(sim_fake_gradient<A>(inputs.gap(i), inputs.error(i), scale, linear, radial));
-        }
-      }
-      if (needs[1]) {
-#pragma omp simd
-        for (int64_t i = first; i < last; ++i) {
-          to_teacher[i] = store<T>(sim_teacher_gradient<A>(inputs.gap(i), inputs.error(i), scale, linear, radial));
-        }
-      }
-      if (needs[2]) {
-#pragma omp simd
-        for (int64_t i = first; i < last; ++i) to_sample[i] = store<T>(sim_sample_gradient<A>(inputs.gap(i), scale, linear));
-      }
+    return out;
+  }
+
+  Tensor backward(const Tensor& grad) const {
+    const Tensor grads = dense(grad), out = empty_as(sample_);
+    dispatch(sample_.scalar_type(), [&, this](auto tag) {
+      using T = typename decltype(tag)::type;
+      using A = Acc<T>;
+      const T *x = read<T>(sample_), *a = read<T>(auxiliary_), *t = read<T>(teacher_);
+      T* y = write<T>(out);
+      const PerSample<A> weights(weight_), upstream(grads);
+      const Samples samples(sample_);
+      for_each_chunk(samples, [&](int64_t b, int64_t begin, int64_t end) {
+        write_gradient<T>(x, a, t, y, weights[b] * upstream[b], b * samples.elements + begin, b * samples.elements + end);
+      });
     });
-  });
-  return {grad_fake, grad_teacher, grad_sample};
-}
+    return out;
+  }
 
-// The weighted sum over each sample of term(sample, auxiliary, teacher).
-template <class Term>
-Tensor weighted_sums(const Tensor& sample, const Tensor& auxiliary, const Tensor& teacher, const Tensor& weight, Term term) {
-  const Tensor samples_in = dense(sample), auxiliaries = dense(auxiliary), teachers = dense(teacher);
-  Tensor out = empty_batch(sample);
-  dispatch(sample.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = Acc<T>;
-    const T *x = read<T>(samples_in), *a = read<T>(auxiliaries), *t = read<T>(teachers);
-    A* loss = write<A>(out);
-    const PerSample<A> weights(weight);
-    const Samples samples(sample);
-    const auto chunk = [=](int64_t b, int64_t begin, int64_t end) {
-      const int64_t first = b * samples.elements;
-      return std::array<double, 1>{sum<A>(first + begin, first + end, [=](int64_t i) { return term(load(x[i]), load(a[i]), load(t[i])); })};
-    };
-    reduce_samples<1>(samples, chunk, [&](int64_t b, const std::array<double, 1>& sums) { loss[b] = static_cast<A>(weights[b] * sums[0]); });
-  });
-  return out;
-}
+  Tensor empty_gradient() const { return empty_as(sample_); }
+  Tensor absent_gradient() const { return absent(sample_); }
 
-// factor * grad * weight * derivative(sample, auxiliary, teacher), element by element.
-template <class Derivative>
-Tensor weighted_gradient(
-    const Tensor& grad, const Tensor& sample, const Tensor& auxiliary, const Tensor& teacher, const Tensor& weight, int factor, Derivative derivative) {
-  const Tensor grads = dense(grad), samples_in = dense(sample), auxiliaries = dense(auxiliary), teachers = dense(teacher);
-  Tensor out = empty_as(sample);
-  dispatch(sample.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = Acc<T>;
-    const T *x = read<T>(samples_in), *a = read<T>(auxiliaries), *t = read<T>(teachers);
-    T* y = write<T>(out);
-    const PerSample<A> weights(weight), upstream(grads);
-    const Samples samples(sample);
-    for_each_chunk(samples, [&](int64_t b, int64_t begin, int64_t end) {
-      const A scale = A(factor) * weights[b] * upstream[b];
-      const int64_t first = b * samples.elements + begin, last = b * samples.elements + end;
+ private:
+  template <class T>
+  static FD_INLINE void write_gradient(const T* x, const T* a, const T* t, T* y, Acc<T> scale, int64_t first, int64_t last) {
 #pragma omp simd
-      for (int64_t i = first; i < last; ++i) y[i] = store<T>(scale * derivative(load(x[i]), load(a[i]), load(t[i])));
-    });
-  });
-  return out;
+    for (int64_t i = first; i < last; ++i) y[i] = store<T>(scale * Kind::template derivative<Acc<T>>(load(x[i]), load(a[i]), load(t[i])));
+  }
+
+  Tensor sample_, auxiliary_, teacher_;
+  const Tensor& weight_;
+};
+
+template <class Kind>
+Tensor moment_loss(const Tensor& sample, const Tensor& auxiliary, const Tensor& teacher, const Tensor& weight) {
+  const MomentMatching<Kind> loss(sample, auxiliary, teacher, weight);
+  return loss.forward(loss.absent_gradient());
 }
 
-Tensor moment_matching_loss(const Tensor& sample, const Tensor& auxiliary, const Tensor& teacher, const Tensor& weight) {
-  return weighted_sums(sample, auxiliary, teacher, weight, [](auto x, auto a, auto t) { return x * (a - t); });
+template <class Kind>
+std::tuple<Tensor, Tensor> moment_loss_recorded(
+    const Tensor& sample, const Tensor& auxiliary, const Tensor& teacher, const Tensor& weight, std::vector<bool> needs) {
+  const MomentMatching<Kind> loss(sample, auxiliary, teacher, weight);
+  const Tensor gradient = needs[0] ? loss.empty_gradient() : loss.absent_gradient();
+  return {loss.forward(gradient), gradient};
 }
 
-Tensor moment_matching_loss_backward(
+template <class Kind>
+Tensor moment_loss_backward(
     const Tensor& grad, const Tensor& sample, const Tensor& auxiliary, const Tensor& teacher, const Tensor& weight, std::vector<bool>) {
-  return weighted_gradient(grad, sample, auxiliary, teacher, weight, 1, [](auto, auto a, auto t) { return a - t; });
-}
-
-Tensor moment_matching_auxiliary_loss(const Tensor& sample, const Tensor& auxiliary, const Tensor& teacher, const Tensor& weight) {
-  return weighted_sums(sample, auxiliary, teacher, weight, [](auto x, auto a, auto t) { return auxiliary_term(x, a, t); });
-}
-
-Tensor moment_matching_auxiliary_loss_backward(
-    const Tensor& grad, const Tensor& sample, const Tensor& auxiliary, const Tensor& teacher, const Tensor& weight, std::vector<bool>) {
-  return weighted_gradient(grad, sample, auxiliary, teacher, weight, 2, [](auto x, auto a, auto t) { return auxiliary_gradient(x, a, t); });
+  return MomentMatching<Kind>(sample, auxiliary, teacher, weight).backward(grad);
 }
 
 }  // namespace
@@ -177,8 +293,10 @@ FASTDIFF_CPU_KERNELS(m) {
   using namespace fastdiff::FASTDIFF_VARIANT;
   m.impl("sim_loss", TORCH_BOX(&sim_loss));
   m.impl("sim_loss_backward", TORCH_BOX(&sim_loss_backward));
-  m.impl("moment_matching_loss", TORCH_BOX(&moment_matching_loss));
-  m.impl("moment_matching_loss_backward", TORCH_BOX(&moment_matching_loss_backward));
-  m.impl("moment_matching_auxiliary_loss", TORCH_BOX(&moment_matching_auxiliary_loss));
-  m.impl("moment_matching_auxiliary_loss_backward", TORCH_BOX(&moment_matching_auxiliary_loss_backward));
+  m.impl("moment_matching_loss", TORCH_BOX(&moment_loss<Generator>));
+  m.impl("moment_matching_loss_recorded", TORCH_BOX(&moment_loss_recorded<Generator>));
+  m.impl("moment_matching_loss_backward", TORCH_BOX(&moment_loss_backward<Generator>));
+  m.impl("moment_matching_auxiliary_loss", TORCH_BOX(&moment_loss<Auxiliary>));
+  m.impl("moment_matching_auxiliary_loss_recorded", TORCH_BOX(&moment_loss_recorded<Auxiliary>));
+  m.impl("moment_matching_auxiliary_loss_backward", TORCH_BOX(&moment_loss_backward<Auxiliary>));
 }

@@ -10,7 +10,7 @@
 
 namespace fastdiff::FASTDIFF_VARIANT {
 
-constexpr int64_t kTile = 1024;
+constexpr int64_t kTile = kRunLength;
 constexpr int64_t kTileBlocks = kTile / 4;
 
 // Words of a tile's blocks, each kind in its own array so that the next loop reads them in order.

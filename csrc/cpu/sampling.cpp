@@ -112,40 +112,57 @@ std::tuple<Tensor, Tensor> guided_step(
   return {next, change};
 }
 
+// What an element's gradients are made of: of x_next, and of the change per element towards D.
+template <class T, class G>
+struct StepGradient {
+  using A = Acc<T>;
+  const T *x, *grad;  // grad is null where nobody used x_next
+  G guided_at;
+  StepCoefficients<A> c;
+  A per_element;
+
+  FD_INLINE A next(int64_t i) const { return grad == nullptr ? A(0) : load(grad[i]); }
+  FD_INLINE A towards(int64_t i) const { return per_element == 0 ? A(0) : per_element * sign(guided_at(i) - load(x[i])); }
+  FD_INLINE A to_x(int64_t i) const { return c.kept * next(i) - towards(i); }
+  FD_INLINE A to_guided(int64_t i) const { return c.replaced * next(i) + towards(i); }
+};
+
+template <class T, class F>
+void write_if_wanted(T* out, int64_t first, int64_t last, F&& value) {
+  if (out == nullptr) return;
+#pragma omp simd
+  for (int64_t i = first; i < last; ++i) out[i] = store<T>(value(i));
+}
+
 std::tuple<Tensor, Tensor, Tensor> guided_step_backward(
-    const Tensor& grad_next, const Tensor& grad_change, const Tensor& x, const Tensor& denoised, const Tensor& sigma,
+    std::optional<Tensor> grad_next, std::optional<Tensor> grad_change, const Tensor& x, const Tensor& denoised, const Tensor& sigma,
     const Tensor& sigma_next, std::optional<Tensor> uncond, const Tensor& guidance, std::vector<bool> needs) {
   const Tensor latents = dense(x), predictions = dense(denoised), unconditional = uncond ? dense(*uncond) : predictions;
-  const Tensor grads = dense(grad_next), grads_change = dense(grad_change);
+  const Tensor grads = grad_next ? dense(*grad_next) : latents;
   Tensor grad_x = needs[0] ? empty_as(x) : absent(x);
   Tensor grad_denoised = needs[1] ? empty_as(denoised) : absent(x);
   Tensor grad_uncond = needs[2] ? empty_as(x) : absent(x);
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    const T *in = read<T>(latents), *d = read<T>(predictions), *u = uncond ? read<T>(unconditional) : nullptr, *g = read<T>(grads);
-    T *to_x = write<T>(grad_x), *to_denoised = write<T>(grad_denoised), *to_uncond = write<T>(grad_uncond);
-    const PerSample<A> from(sigma), to(sigma_next), scale(guidance), upstream(grads_change);
+    const T *in = read<T>(latents), *d = read<T>(predictions), *u = uncond ? read<T>(unconditional) : nullptr;
+    const T* g = grad_next ? read<T>(grads) : nullptr;
+    T* to_x = needs[0] ? write<T>(grad_x) : nullptr;
+    T* to_denoised = needs[1] ? write<T>(grad_denoised) : nullptr;
+    T* to_uncond = needs[2] ? write<T>(grad_uncond) : nullptr;
+    const PerSample<A> from(sigma), to(sigma_next), scale(guidance), upstream(grad_change ? *grad_change : sigma);
     const Samples samples(x);
     for_each_chunk(samples, [&](int64_t b, int64_t begin, int64_t end) {
       const auto c = step_coefficients<A>(from[b], to[b]);
-      const A per_element = upstream[b] * std::abs(c.replaced) / static_cast<A>(samples.elements);
+      const A per_element = grad_change ? upstream[b] * std::abs(c.replaced) / static_cast<A>(samples.elements) : A(0);
       const A of_denoised = u == nullptr ? A(1) : scale[b], of_uncond = A(1) - of_denoised;
-      const int64_t first = b * samples.elements + begin, last = b * samples.elements + end;
-      with_guidance(d, u, scale[b], [=, &needs](auto guided_at) {
-        const auto towards = [=](int64_t i) { return per_element * sign(guided_at(i) - load(in[i])); };
-        if (needs[0]) {
-#pragma omp simd
-          for (int64_t i = first; i < last; ++i) to_x[i] = store<T>(c.kept * load(g[i]) - towards(i));
-        }
-        if (needs[1]) {
-#pragma omp simd
-          for (int64_t i = first; i < last; ++i) to_denoised[i] = store<T>(of_denoised * (c.replaced * load(g[i]) + towards(i)));
-        }
-        if (needs[2]) {
-#pragma omp simd
-          for (int64_t i = first; i < last; ++i) to_uncond[i] = store<T>(of_uncond * (c.replaced * load(g[i]) + towards(i)));
-        }
+      with_guidance(d, u, scale[b], [=](auto guided_at) {
+        const StepGradient<T, decltype(guided_at)> gradient{in, g, guided_at, c, per_element};
+        for_each_run(b * samples.elements + begin, b * samples.elements + end, [=](int64_t first, int64_t last) {
+          write_if_wanted(to_x, first, last, [=](int64_t i) { return gradient.to_x(i); });
+          write_if_wanted(to_denoised, first, last, [=](int64_t i) { return of_denoised * gradient.to_guided(i); });
+          write_if_wanted(to_uncond, first, last, [=](int64_t i) { return of_uncond * gradient.to_guided(i); });
+        });
         return 0;
       });
     });

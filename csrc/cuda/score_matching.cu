@@ -85,166 +85,278 @@ struct Seeded {
   __device__ __forceinline__ void operator()(int64_t b, int64_t i, int, Acc<T> (&z)[kGroup<T>]) const { noise.draw(b, i, z); }
 };
 
-template <class A>
-struct LcssConstants {
+// What a score, or a score and its mirrored one, are summed and differentiated with.
+template <class T, bool Pair>
+struct LcssOperands {
+  using A = Acc<T>;
+  static constexpr bool pair = Pair;
+  const T *score, *mirrored;  // mirrored is null for a score alone
   PerSample<A> sigma, gamma, weight;
+  T *to_score, *to_noise, *to_mirrored;  // null where not wanted
+
+  __device__ __forceinline__ A noise_factor(int64_t b) const { return gamma[b] / sigma[b]; }
+  // Each half of a pair weighs half.
+  __device__ __forceinline__ A own_weight(int64_t b) const { return Pair ? A(0.5) * weight[b] : weight[b]; }
+
+  // Writes the gradients of a group of elements that begins at `at`; m is not looked at for a score alone.
+  __device__ __forceinline__ void write(
+      int64_t at, int count, const A (&s)[kGroup<T>], const A (&m)[kGroup<T>], const A (&z)[kGroup<T>], A factor, A scale) const {
+    A out[kGroup<T>];
+    if (to_score != nullptr) {
+#pragma unroll
+      for (int j = 0; j < kGroup<T>; ++j) out[j] = lcss_score_gradient(s[j], z[j], factor, scale);
+      store_group(to_score + at, count, out);
+    }
+    if (to_noise != nullptr) {
+#pragma unroll
+      for (int j = 0; j < kGroup<T>; ++j) out[j] = scale * factor * (Pair ? s[j] - m[j] : s[j]);
+      store_group(to_noise + at, count, out);
+    }
+    if (Pair && to_mirrored != nullptr) {
+#pragma unroll
+      for (int j = 0; j < kGroup<T>; ++j) out[j] = lcss_score_gradient(m[j], z[j], -factor, scale);
+      store_group(to_mirrored + at, count, out);
+    }
+  }
+
+  __device__ __forceinline__ void load(int64_t at, int count, A (&s)[kGroup<T>], A (&m)[kGroup<T>]) const {
+    load_group(score + at, count, s);
+    if constexpr (Pair) load_group(mirrored + at, count, m);
+  }
 };
 
-template <class T, class Source>
+template <class T, class Source, bool Pair>
 struct LcssTerms {
   using A = Acc<T>;
   static constexpr int sums = 2, group = kGroup<T>;
-  const T* score;
+  LcssOperands<T, Pair> operands;
   Source noise;
   int64_t elements;
 
+  // Where gradients are wanted, they are those for an upstream gradient of 1.
   __device__ __forceinline__ void operator()(int64_t b, int64_t i, int count, A (&part)[2]) const {
-    A s[group], z[group];
-    load_group(score + b * elements + i, count, s);
+    A s[group], m[group], z[group];
+    operands.load(b * elements + i, count, s, m);
     noise(b, i, count, z);
 #pragma unroll
     for (int j = 0; j < group; ++j) {
-      part[0] += s[j] * z[j];
-      part[1] += s[j] * s[j];
+      part[0] += (Pair ? s[j] - m[j] : s[j]) * z[j];
+      part[1] += Pair ? s[j] * s[j] + m[j] * m[j] : s[j] * s[j];
     }
+    operands.write(b * elements + i, count, s, m, z, operands.noise_factor(b), operands.own_weight(b));
   }
 };
 
-template <class A>
+template <class T, bool Pair>
 struct LcssFinish {
-  LcssConstants<A> constants;
-  A* loss;
+  LcssOperands<T, Pair> operands;
+  Acc<T>* loss;
 
   __device__ __forceinline__ void operator()(int64_t b, const double (&sums)[2]) const {
-    loss[b] = static_cast<A>(lcss_value<double>(sums[0], sums[1], constants.sigma[b], constants.gamma[b], constants.weight[b]));
+    loss[b] = static_cast<Acc<T>>(
+        lcss_value<double>(sums[0], sums[1], operands.sigma[b], operands.gamma[b], operands.own_weight(b)));
   }
 };
 
-// make_source(Tag<T>{}, elements) gives the noise.
-template <class F>
-Tensor lcss_sums(
-    const char* where, const Tensor& score, const Tensor& sigma, const Tensor& gamma, const Tensor& weight, F&& make_source) {
-  const OnDevice device(score);
-  const Tensor scores = dense(score);
-  Tensor out = empty_batch(score);
-  const int64_t elements = Samples(score).elements;
-  dispatch(score.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = Acc<T>;
-    const auto source = make_source(tag, elements);
-    const LcssConstants<A> constants{PerSample<A>(sigma), PerSample<A>(gamma), PerSample<A>(weight)};
-    reduce_samples(where, device, score, LcssTerms<T, std::decay_t<decltype(source)>>{read<T>(scores), source, elements},
-                   LcssFinish<A>{constants, write<A>(out)});
-  });
-  return out;
-}
-
-Tensor lcss_loss(const Tensor& score, const Tensor& noise, const Tensor& sigma, const Tensor& gamma, const Tensor& weight) {
-  const Tensor noises = dense(noise);
-  return lcss_sums("lcss_loss", score, sigma, gamma, weight, [&](auto tag, int64_t elements) {
-    using T = typename decltype(tag)::type;
-    return Stored<T>{read<T>(noises), elements};
-  });
-}
-
-Tensor lcss_loss_seeded(
-    const Tensor& score, const Tensor& seed, const Tensor& sigma, const Tensor& gamma, const Tensor& weight, int64_t offset) {
-  const Noise noise(seed, Stream::lcss, offset);
-  return lcss_sums("lcss_loss_seeded", score, sigma, gamma, weight, [&](auto tag, int64_t) {
-    return Seeded<typename decltype(tag)::type>{noise};
-  });
-}
-
-template <class T, class Source>
+template <class T, class Source, bool Pair>
 struct LcssGradients {
   using A = Acc<T>;
   static constexpr int group = kGroup<T>;
   const A* grad;
-  const T* score;
+  LcssOperands<T, Pair> operands;
   Source noise;
-  LcssConstants<A> constants;
-  T *to_score, *to_noise;  // null where not wanted
   int64_t elements;
 
   __device__ __forceinline__ void operator()(int64_t b, int64_t i, int count) const {
-    const int64_t at = b * elements + i;
-    const A factor = constants.gamma[b] / constants.sigma[b], scale = grad[b] * constants.weight[b];
-    A s[group], z[group];
-    load_group(score + at, count, s);
-    if (to_score != nullptr) {
-      noise(b, i, count, z);
-#pragma unroll
-      for (int j = 0; j < group; ++j) z[j] = lcss_score_gradient(s[j], z[j], factor, scale);
-      store_group(to_score + at, count, z);
-    }
-    if (to_noise != nullptr) {
-#pragma unroll
-      for (int j = 0; j < group; ++j) z[j] = scale * factor * s[j];
-      store_group(to_noise + at, count, z);
-    }
+    A s[group], m[group], z[group];
+    operands.load(b * elements + i, count, s, m);
+    noise(b, i, count, z);
+    operands.write(b * elements + i, count, s, m, z, operands.noise_factor(b), grad[b] * operands.own_weight(b));
   }
 };
 
-struct LcssCall {
-  const char* where;
-  const Tensor &grad, &score, &sigma, &gamma, &weight;
+// Makes the noise of a call: of a contiguous tensor, or of a seed.
+auto stored(const Tensor& noise) {
+  return [&noise](auto tag) {
+    using T = typename decltype(tag)::type;
+    return Stored<T>{read<T>(noise), Samples(noise).elements};
+  };
+}
+
+auto seeded(const Tensor& seed, int64_t offset) {
+  return [noise = Noise(seed, Stream::lcss, offset)](auto tag) { return Seeded<typename decltype(tag)::type>{noise}; };
+}
+
+// One call of the loss; its gradients are allocated where they are wanted.
+class LcssCall {
+ public:
+  LcssCall(
+      const char* where, const Tensor& score, const std::optional<Tensor>& mirrored, const Tensor& sigma, const Tensor& gamma,
+      const Tensor& weight, bool to_score = false, bool to_noise = false, bool to_mirrored = false)
+      : grad_score(to_score ? empty_as(score) : absent(score)),
+        grad_noise(to_noise ? empty_as(score) : absent(score)),
+        grad_mirrored(to_mirrored ? empty_as(score) : absent(score)),
+        where_(where),
+        score_(dense(score)),
+        sigma_(sigma),
+        gamma_(gamma),
+        weight_(weight) {
+    if (mirrored) mirrored_ = dense(*mirrored);
+  }
+
+  template <class MakeSource>
+  Tensor loss(MakeSource&& make_source) const {
+    const OnDevice device(score_);
+    const Tensor out = empty_batch(score_);
+    dispatch(score_.scalar_type(), [&, this](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto source = make_source(tag);
+      with_operands<T>([&, this](const auto& operands) {
+        constexpr bool Pair = std::decay_t<decltype(operands)>::pair;
+        using Terms = LcssTerms<T, std::decay_t<decltype(source)>, Pair>;
+        reduce_samples(where_, device, score_, Terms{operands, source, Samples(score_).elements},
+                       LcssFinish<T, Pair>{operands, write<Acc<T>>(out)});
+      });
+    });
+    return out;
+  }
+
+  template <class MakeSource>
+  void backward(const Tensor& grad, MakeSource&& make_source) const {
+    const OnDevice device(score_);
+    const Tensor grads = dense(grad);
+    const Samples samples(score_);
+    dispatch(score_.scalar_type(), [&, this](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto source = make_source(tag);
+      with_operands<T>([&, this](const auto& operands) {
+        using Gradients = LcssGradients<T, std::decay_t<decltype(source)>, std::decay_t<decltype(operands)>::pair>;
+        for_each_group(where_, device, samples, Gradients{read<Acc<T>>(grads), operands, source, samples.elements});
+      });
+    });
+  }
+
+  Tensor grad_score, grad_noise, grad_mirrored;
+
+ private:
+  template <class T>
+  static T* target(const Tensor& x) {
+    return x.numel() == 0 ? nullptr : write<T>(x);
+  }
+
+  // Calls body with the LcssOperands of a score alone or of a pair.
+  template <class T, class F>
+  void with_operands(F&& body) const {
+    mirrored_ ? body(bind<T, true>()) : body(bind<T, false>());
+  }
+
+  template <class T, bool Pair>
+  LcssOperands<T, Pair> bind() const {
+    using A = Acc<T>;
+    return {read<T>(score_),
+            Pair ? read<T>(*mirrored_) : nullptr,
+            PerSample<A>(sigma_),
+            PerSample<A>(gamma_),
+            PerSample<A>(weight_),
+            target<T>(grad_score),
+            target<T>(grad_noise),
+            target<T>(grad_mirrored)};
+  }
+
+  const char* where_;
+  Tensor score_;
+  std::optional<Tensor> mirrored_;
+  const Tensor &sigma_, &gamma_, &weight_;
 };
 
-template <class F>
-void lcss_gradients(const LcssCall& call, const Tensor* grad_score, const Tensor* grad_noise, F&& make_source) {
-  const OnDevice device(call.score);
-  const Tensor scores = dense(call.score), grads = dense(call.grad);
-  const Samples samples(call.score);
-  dispatch(call.score.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = Acc<T>;
-    const auto source = make_source(tag, samples.elements);
-    const LcssConstants<A> constants{PerSample<A>(call.sigma), PerSample<A>(call.gamma), PerSample<A>(call.weight)};
-    T* to_score = grad_score ? write<T>(*grad_score) : nullptr;
-    T* to_noise = grad_noise ? write<T>(*grad_noise) : nullptr;
-    using Gradients = LcssGradients<T, std::decay_t<decltype(source)>>;
-    for_each_group(call.where, device, samples,
-                   Gradients{read<A>(grads), read<T>(scores), source, constants, to_score, to_noise, samples.elements});
-  });
-}
-
-std::tuple<Tensor, Tensor> lcss_loss_backward(
-    const Tensor& grad, const Tensor& score, const Tensor& noise, const Tensor& sigma, const Tensor& gamma, const Tensor& weight,
-    std::vector<bool> needs) {
+Tensor lcss_loss(
+    const Tensor& score, const Tensor& noise, std::optional<Tensor> mirrored, const Tensor& sigma, const Tensor& gamma,
+    const Tensor& weight) {
   const Tensor noises = dense(noise);
-  Tensor grad_score = needs[0] ? empty_as(score) : absent(score), grad_noise = needs[1] ? empty_as(noise) : absent(noise);
-  lcss_gradients({"lcss_loss_backward", grad, score, sigma, gamma, weight}, needs[0] ? &grad_score : nullptr,
-                 needs[1] ? &grad_noise : nullptr, [&](auto tag, int64_t elements) {
-                   using T = typename decltype(tag)::type;
-                   return Stored<T>{read<T>(noises), elements};
-                 });
-  return {grad_score, grad_noise};
+  return LcssCall("lcss_loss", score, mirrored, sigma, gamma, weight).loss(stored(noises));
 }
 
-Tensor lcss_loss_seeded_backward(
-    const Tensor& grad, const Tensor& score, const Tensor& seed, const Tensor& sigma, const Tensor& gamma, const Tensor& weight,
-    int64_t offset, std::vector<bool>) {
-  const Noise noise(seed, Stream::lcss, offset);
-  Tensor grad_score = empty_as(score);
-  lcss_gradients({"lcss_loss_seeded_backward", grad, score, sigma, gamma, weight}, &grad_score, nullptr, [&](auto tag, int64_t) {
-    return Seeded<typename decltype(tag)::type>{noise};
-  });
-  return grad_score;
+std::tuple<Tensor, Tensor, Tensor, Tensor> lcss_loss_recorded(
+    const Tensor& score, const Tensor& noise, std::optional<Tensor> mirrored, const Tensor& sigma, const Tensor& gamma,
+    const Tensor& weight, std::vector<bool> needs) {
+  const Tensor noises = dense(noise);
+  const LcssCall call("lcss_loss_recorded", score, mirrored, sigma, gamma, weight, needs[0], needs[1], needs[2]);
+  const Tensor loss = call.loss(stored(noises));
+  return {loss, call.grad_score, call.grad_noise, call.grad_mirrored};
 }
+
+std::tuple<Tensor, Tensor, Tensor> lcss_loss_backward(
+    const Tensor& grad, const Tensor& score, const Tensor& noise, std::optional<Tensor> mirrored, const Tensor& sigma,
+    const Tensor& gamma, const Tensor& weight, std::vector<bool> needs) {
+  const Tensor noises = dense(noise);
+  const LcssCall call("lcss_loss_backward", score, mirrored, sigma, gamma, weight, needs[0], needs[1], needs[2]);
+  call.backward(grad, stored(noises));
+  return {call.grad_score, call.grad_noise, call.grad_mirrored};
+}
+
+Tensor lcss_loss_seeded(
+    const Tensor& score, const Tensor& seed, std::optional<Tensor> mirrored, const Tensor& sigma, const Tensor& gamma,
+    const Tensor& weight, int64_t offset) {
+  return LcssCall("lcss_loss_seeded", score, mirrored, sigma, gamma, weight).loss(seeded(seed, offset));
+}
+
+std::tuple<Tensor, Tensor, Tensor> lcss_loss_seeded_recorded(
+    const Tensor& score, const Tensor& seed, std::optional<Tensor> mirrored, const Tensor& sigma, const Tensor& gamma,
+    const Tensor& weight, int64_t offset, std::vector<bool> needs) {
+  const LcssCall call("lcss_loss_seeded_recorded", score, mirrored, sigma, gamma, weight, needs[0], false, needs[1]);
+  const Tensor loss = call.loss(seeded(seed, offset));
+  return {loss, call.grad_score, call.grad_mirrored};
+}
+
+std::tuple<Tensor, Tensor> lcss_loss_seeded_backward(
+    const Tensor& grad, const Tensor& score, const Tensor& seed, std::optional<Tensor> mirrored, const Tensor& sigma,
+    const Tensor& gamma, const Tensor& weight, int64_t offset, std::vector<bool> needs) {
+  const LcssCall call("lcss_loss_seeded_backward", score, mirrored, sigma, gamma, weight, needs[0], false, needs[1]);
+  call.backward(grad, seeded(seed, offset));
+  return {call.grad_score, call.grad_mirrored};
+}
+
+template <class T>
+struct DenoisingOperands {
+  using A = Acc<T>;
+  const T *denoised, *clean;
+  T *to_denoised, *to_clean;  // null where not wanted
+
+  __device__ __forceinline__ void differences(int64_t at, int count, A (&d)[kGroup<T>]) const {
+    A x[kGroup<T>];
+    load_group(denoised + at, count, d);
+    load_group(clean + at, count, x);
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) d[j] -= x[j];
+  }
+
+  __device__ __forceinline__ void write(int64_t at, int count, const A (&d)[kGroup<T>], A factor) const {
+    A out[kGroup<T>];
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) out[j] = factor * d[j];
+    if (to_denoised != nullptr) store_group(to_denoised + at, count, out);
+    if (to_clean == nullptr) return;
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) out[j] = -out[j];
+    store_group(to_clean + at, count, out);
+  }
+};
 
 template <class T>
 struct SquaredErrors {
   using A = Acc<T>;
   static constexpr int sums = 1, group = kGroup<T>;
-  const T *denoised, *clean;
+  DenoisingOperands<T> operands;
+  PerSample<A> weight;
   int64_t elements;
 
+  // Where gradients are wanted, they are those for an upstream gradient of 1.
   __device__ __forceinline__ void operator()(int64_t b, int64_t i, int count, A (&part)[1]) const {
-    A d[group], x[group];
-    load_group(denoised + b * elements + i, count, d);
-    load_group(clean + b * elements + i, count, x);
+    A d[group];
+    operands.differences(b * elements + i, count, d);
 #pragma unroll
-    for (int j = 0; j < group; ++j) part[0] += (d[j] - x[j]) * (d[j] - x[j]);
+    for (int j = 0; j < group; ++j) part[0] += d[j] * d[j];
+    operands.write(b * elements + i, count, d, 2 * weight[b]);
   }
 };
 
@@ -255,7 +367,19 @@ struct Weighted {
   __device__ __forceinline__ void operator()(int64_t b, const double (&sums)[1]) const { loss[b] = static_cast<A>(weight[b] * sums[0]); }
 };
 
-Tensor denoising_loss(const Tensor& denoised, const Tensor& clean, const Tensor& weight) {
+struct DenoisingGradients {
+  Tensor denoised, clean;
+  DenoisingGradients(const Tensor& like, bool to_denoised, bool to_clean)
+      : denoised(to_denoised ? empty_as(like) : absent(like)), clean(to_clean ? empty_as(like) : absent(like)) {}
+
+  template <class T>
+  DenoisingOperands<T> bind(const Tensor& left, const Tensor& right) const {
+    return {read<T>(left), read<T>(right), denoised.numel() ? write<T>(denoised) : nullptr, clean.numel() ? write<T>(clean) : nullptr};
+  }
+};
+
+Tensor denoising_sums(
+    const char* where, const Tensor& denoised, const Tensor& clean, const Tensor& weight, const DenoisingGradients& gradients) {
   const OnDevice device(denoised);
   const Tensor left = dense(denoised), right = dense(clean);
   Tensor out = empty_batch(denoised);
@@ -263,35 +387,36 @@ Tensor denoising_loss(const Tensor& denoised, const Tensor& clean, const Tensor&
   dispatch(denoised.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    reduce_samples("denoising_loss", device, denoised, SquaredErrors<T>{read<T>(left), read<T>(right), elements},
+    reduce_samples(where, device, denoised, SquaredErrors<T>{gradients.bind<T>(left, right), PerSample<A>(weight), elements},
                    Weighted<A>{PerSample<A>(weight), write<A>(out)});
   });
   return out;
 }
 
+Tensor denoising_loss(const Tensor& denoised, const Tensor& clean, const Tensor& weight) {
+  return denoising_sums("denoising_loss", denoised, clean, weight, DenoisingGradients(denoised, false, false));
+}
+
+std::tuple<Tensor, Tensor, Tensor> denoising_loss_recorded(
+    const Tensor& denoised, const Tensor& clean, const Tensor& weight, std::vector<bool> needs) {
+  const DenoisingGradients gradients(denoised, needs[0], needs[1]);
+  const Tensor loss = denoising_sums("denoising_loss_recorded", denoised, clean, weight, gradients);
+  return {loss, gradients.denoised, gradients.clean};
+}
+
 template <class T>
-struct DenoisingGradients {
+struct DenoisingBackward {
   using A = Acc<T>;
   static constexpr int group = kGroup<T>;
   const A* grad;
-  const T *denoised, *clean;
+  DenoisingOperands<T> operands;
   PerSample<A> weight;
-  T *to_denoised, *to_clean;  // null where not wanted
   int64_t elements;
 
   __device__ __forceinline__ void operator()(int64_t b, int64_t i, int count) const {
-    const int64_t at = b * elements + i;
-    const A factor = 2 * weight[b] * grad[b];
-    A d[group], x[group];
-    load_group(denoised + at, count, d);
-    load_group(clean + at, count, x);
-#pragma unroll
-    for (int j = 0; j < group; ++j) d[j] = factor * (d[j] - x[j]);
-    if (to_denoised != nullptr) store_group(to_denoised + at, count, d);
-    if (to_clean == nullptr) return;
-#pragma unroll
-    for (int j = 0; j < group; ++j) d[j] = -d[j];
-    store_group(to_clean + at, count, d);
+    A d[group];
+    operands.differences(b * elements + i, count, d);
+    operands.write(b * elements + i, count, d, 2 * weight[b] * grad[b]);
   }
 };
 
@@ -299,17 +424,15 @@ std::tuple<Tensor, Tensor> denoising_loss_backward(
     const Tensor& grad, const Tensor& denoised, const Tensor& clean, const Tensor& weight, std::vector<bool> needs) {
   const OnDevice device(denoised);
   const Tensor left = dense(denoised), right = dense(clean), grads = dense(grad);
-  Tensor grad_denoised = needs[0] ? empty_as(denoised) : absent(denoised), grad_clean = needs[1] ? empty_as(clean) : absent(clean);
+  const DenoisingGradients gradients(denoised, needs[0], needs[1]);
   const Samples samples(denoised);
   dispatch(denoised.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    T *to_denoised = needs[0] ? write<T>(grad_denoised) : nullptr, *to_clean = needs[1] ? write<T>(grad_clean) : nullptr;
     for_each_group("denoising_loss_backward", device, samples,
-                   DenoisingGradients<T>{read<A>(grads), read<T>(left), read<T>(right), PerSample<A>(weight), to_denoised, to_clean,
-                                         samples.elements});
+                   DenoisingBackward<T>{read<A>(grads), gradients.bind<T>(left, right), PerSample<A>(weight), samples.elements});
   });
-  return {grad_denoised, grad_clean};
+  return {gradients.denoised, gradients.clean};
 }
 
 }  // namespace
@@ -321,9 +444,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastdiff_cuda, CUDA, m) {
   m.impl("lcss_perturb", TORCH_BOX(&lcss_perturb));
   m.impl("lcss_perturb_backward", TORCH_BOX(&lcss_perturb_backward));
   m.impl("lcss_loss", TORCH_BOX(&lcss_loss));
+  m.impl("lcss_loss_recorded", TORCH_BOX(&lcss_loss_recorded));
   m.impl("lcss_loss_backward", TORCH_BOX(&lcss_loss_backward));
   m.impl("lcss_loss_seeded", TORCH_BOX(&lcss_loss_seeded));
+  m.impl("lcss_loss_seeded_recorded", TORCH_BOX(&lcss_loss_seeded_recorded));
   m.impl("lcss_loss_seeded_backward", TORCH_BOX(&lcss_loss_seeded_backward));
   m.impl("denoising_loss", TORCH_BOX(&denoising_loss));
+  m.impl("denoising_loss_recorded", TORCH_BOX(&denoising_loss_recorded));
   m.impl("denoising_loss_backward", TORCH_BOX(&denoising_loss_backward));
 }

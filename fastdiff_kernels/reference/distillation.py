@@ -12,23 +12,36 @@ def sim_loss(
     fake: Tensor,
     teacher: Tensor,
     sample: Tensor,
+    noisy: Tensor | None = None,
+    c_skip: float | Tensor | None = None,
+    c_out: float | Tensor | None = None,
     weight: float | Tensor = 1.0,
     c: float | Tensor = 0.0,
     distance: str = "pseudo_huber",
-) -> Tensor:
-    """-weight * <y, e> / n for each sample; y = fake - teacher, e = fake - sample, n = sqrt(|y|^2 + c^2) or 1; 0 / 0 is 0."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(-weight * p, |y|, p) for each sample, the last two in float64; p = <y, e> / n, or 0 for n = 0.
+
+    y = fake - teacher, e = fake - sample, n = sqrt(|y|^2 + c^2) or 1. With `noisy`, fake and teacher are raw outputs F of denoisers
+    c_skip * noisy + c_out * F.
+    """
     dtype = compute_dtype(fake)
     fake, teacher, sample = (t.to(dtype) for t in (fake, teacher, sample))
-    gap = fake - teacher
-    product = sum_per_sample(gap * (fake - sample))
-    weight = per_sample(weight, product)
-    if distance == "l2":
-        return -weight * product
-    squared = sum_per_sample(gap.square()) + per_sample(c, product).square()
-    # Where the norm is 0 its gradient would be NaN: such samples divide by 1 instead, their product being 0.
-    zero = squared == 0
-    norm = torch.where(zero, torch.ones_like(squared), squared).sqrt()
-    return -weight * torch.where(zero, torch.zeros_like(product), product / norm)
+    gap, denoised = fake - teacher, fake
+    if noisy is not None:
+        scale = per_sample(c_out, fake)
+        gap, denoised = scale * gap, per_sample(c_skip, fake) * noisy.to(dtype) + scale * fake
+    product, squared = sum_per_sample(gap * (denoised - sample)), sum_per_sample(gap.square())
+    projection = product
+    if distance != "l2":
+        norm, zero = _root(squared + per_sample(c, product).square())
+        projection = torch.where(zero, torch.zeros_like(product), product / torch.where(zero, torch.ones_like(norm), norm))
+    return -per_sample(weight, product) * projection, _root(squared)[0].double(), projection.double()
+
+
+def _root(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The square root and where it is zero; its derivative there is 0, where sqrt's would be infinite."""
+    zero = x == 0
+    return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt()), zero
 
 
 def moment_matching_loss(sample: Tensor, auxiliary: Tensor, teacher: Tensor, weight: float | Tensor = 1.0) -> Tensor:

@@ -21,19 +21,29 @@ def lcss_perturb(x: Tensor, sigma: float | Tensor, seed: int | Tensor, offset: i
 
 
 def lcss_loss_stored(
-    score: Tensor, noise: Tensor, sigma: float | Tensor, gamma: float | Tensor = 1.0, weight: float | Tensor = 1.0
+    score: Tensor,
+    noise: Tensor,
+    mirrored: Tensor | None,
+    sigma: float | Tensor,
+    gamma: float | Tensor = 1.0,
+    weight: float | Tensor = 1.0,
 ) -> Tensor:
-    """weight * (gamma / sigma * <score, noise> + |score|^2 / 2) for each sample."""
+    """weight * (gamma / sigma * <score, noise> + |score|^2 / 2) for each sample; with `mirrored` its mean with (mirrored, -noise)."""
     dtype = compute_dtype(score)
     score, noise = score.to(dtype), noise.to(dtype)
-    product = sum_per_sample(score * noise)
+    difference, squares, half = score, score.square(), 0.5
+    if mirrored is not None:
+        mirrored = mirrored.to(dtype)
+        difference, squares, half = 0.5 * (score - mirrored), squares + mirrored.square(), 0.25
+    product = sum_per_sample(difference * noise)
     stein = per_sample(gamma, product) / per_sample(sigma, product) * product
-    return per_sample(weight, product) * (stein + 0.5 * sum_per_sample(score.square()))
+    return per_sample(weight, product) * (stein + half * sum_per_sample(squares))
 
 
 def lcss_loss_seeded(
     score: Tensor,
     seed: int | Tensor,
+    mirrored: Tensor | None,
     sigma: float | Tensor,
     gamma: float | Tensor = 1.0,
     weight: float | Tensor = 1.0,
@@ -41,7 +51,7 @@ def lcss_loss_seeded(
 ) -> Tensor:
     """lcss_loss_stored with the unrounded noise that the seed gives."""
     noise = normals(score.shape, seed, offset, "lcss", score.device)
-    return lcss_loss_stored(score, noise, sigma, gamma, weight)
+    return lcss_loss_stored(score, noise, mirrored, sigma, gamma, weight)
 
 
 def lcss_loss(
@@ -51,11 +61,12 @@ def lcss_loss(
     gamma: float | Tensor = 1.0,
     weight: float | Tensor = 1.0,
     offset: int = 0,
+    mirrored: Tensor | None = None,
 ) -> Tensor:
     """lcss_loss_stored or lcss_loss_seeded, as noise is a tensor of score's shape or a seed."""
     if isinstance(noise, Tensor) and noise.dim() > 0:
-        return lcss_loss_stored(score, noise, sigma, gamma, weight)
-    return lcss_loss_seeded(score, noise, sigma, gamma, weight, offset)
+        return lcss_loss_stored(score, noise, mirrored, sigma, gamma, weight)
+    return lcss_loss_seeded(score, noise, mirrored, sigma, gamma, weight, offset)
 
 
 def denoising_loss(denoised: Tensor, clean: Tensor, weight: float | Tensor = 1.0) -> Tensor:

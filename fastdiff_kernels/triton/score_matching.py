@@ -9,31 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import absent, launch, widen
+from ._common import widen
+from ._samples import WARPS, launch_blocks, or_absent, ratio, stride, wanted
 from ._sums import locate, sum_samples
 from .philox import LCSS, normals, seed_beside
-
-_BLOCK = 1024
-# Four elements a thread; with twice as many, Blackwell's assembler spills in the sums.
-_WARPS = 8
-
-
-def _stride(constant: Tensor) -> int:
-    """From one sample's constant to the next: [1] holds for all."""
-    return 0 if constant.numel() == 1 else constant.stride(0)
-
-
-def _or_absent(gradient: Tensor | None, x: Tensor) -> Tensor:
-    return absent(x) if gradient is None else gradient
-
-
-def _launch_blocks(kernel: triton.JITFunction, x: Tensor, *args: object) -> None:
-    """Runs kernel(*args, elements, blocks) once for every block of every sample of x."""
-    if x.numel() == 0:
-        return
-    elements = x.numel() // x.shape[0]
-    blocks = triton.cdiv(elements, _BLOCK)
-    launch(kernel, x.shape[0] * blocks, *args, elements, blocks, BLOCK=_BLOCK, num_warps=_WARPS)
 
 
 @triton.jit
@@ -41,12 +20,6 @@ def _noise_at(noise, seed, offset, sample, begin, at, mask, BLOCK: tl.constexpr)
     """A block of the noise: stored, or drawn where `noise` is None."""
     drawn: tl.constexpr = noise is None
     return normals(tl.load(seed), LCSS, sample + offset, begin, BLOCK) if drawn else widen(tl.load(noise + at, mask=mask, other=0.0))
-
-
-@triton.jit
-def _ratio(a, b):
-    """a / b, correctly rounded; the plain division of float32 is not."""
-    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -65,14 +38,14 @@ def _perturb_kernel(x, sigma, sigma_stride, seed, offset, out, elements, blocks,
 def lcss_noise(x: Tensor, seed: Tensor, offset: int) -> Tensor:
     """See fastdiff_kernels.ops.lcss_noise."""
     out = x.new_empty(x.shape)
-    _launch_blocks(_perturb_kernel, out, None, None, 0, seed_beside(seed, x), offset, out)
+    launch_blocks(_perturb_kernel, out, None, None, 0, seed_beside(seed, x), offset, out)
     return out
 
 
 def lcss_perturb(x: Tensor, sigma: Tensor, seed: Tensor, offset: int) -> Tensor:
     """See fastdiff_kernels.ops.lcss_perturb."""
     out = x.new_empty(x.shape)
-    _launch_blocks(_perturb_kernel, out, x.contiguous(), sigma, _stride(sigma), seed_beside(seed, x), offset, out)
+    launch_blocks(_perturb_kernel, out, x.contiguous(), sigma, stride(sigma), seed_beside(seed, x), offset, out)
     return out
 
 
@@ -81,14 +54,28 @@ def lcss_perturb_backward(grad0: Tensor, x: Tensor, sigma: Tensor, seed: Tensor,
     return grad0.clone(memory_format=torch.contiguous_format)
 
 
+@triton.jit
+def _write_lcss_gradients(s, m, z, factor, scale, to_score, to_noise, to_mirrored, at, mask):
+    """The gradients that are wanted of a block of the score s, the noise z and the mirrored score m."""
+    if to_score is not None:
+        tl.store(to_score + at, scale * (factor * z + s), mask=mask)
+    if to_noise is not None:
+        tl.store(to_noise + at, scale * factor * (s if m is None else s - m), mask=mask)
+    if to_mirrored is not None:
+        tl.store(to_mirrored + at, scale * (m - factor * z), mask=mask)
+
+
 @triton.jit(do_not_specialize=["offset"])
 def _lcss_kernel(
-    score, loss, elements, chunks, divisor, noise, seed, offset,
-    sigma, gamma, weight, sigma_stride, gamma_stride, weight_stride,
+    score, loss, elements, chunks, divisor, mirrored, noise, seed, offset,
+    sigma, gamma, weight, sigma_stride, gamma_stride, weight_stride, to_score, to_noise, to_mirrored,
     BLOCK: tl.constexpr, BLOCKS_PER_CHUNK: tl.constexpr,
 ):  # fmt: skip
     sample, begin = locate(elements, chunks, BLOCK, BLOCKS_PER_CHUNK)
     dtype = tl.float64 if score.dtype.element_ty == tl.float64 else tl.float32
+    factor = ratio(tl.load(gamma + sample * gamma_stride), tl.load(sigma + sample * sigma_stride))
+    # Each half of a pair weighs half.
+    scale = tl.load(weight + sample * weight_stride) * (1.0 if mirrored is None else 0.5)
     products = tl.zeros((BLOCK,), dtype)
     squares = tl.zeros((BLOCK,), dtype)
     for block in tl.static_range(BLOCKS_PER_CHUNK):
@@ -97,80 +84,138 @@ def _lcss_kernel(
         mask = index < elements
         at = sample * elements + index
         s = widen(tl.load(score + at, mask=mask, other=0.0))
-        products += s * _noise_at(noise, seed, offset, sample, first, at, mask, BLOCK).to(dtype)
-        squares += s * s
+        m = None if mirrored is None else widen(tl.load(mirrored + at, mask=mask, other=0.0))
+        z = _noise_at(noise, seed, offset, sample, first, at, mask, BLOCK).to(dtype)
+        products += (s if m is None else s - m) * z
+        squares += s * s if m is None else s * s + m * m
+        _write_lcss_gradients(s, m, z, factor, scale, to_score, to_noise, to_mirrored, at, mask)
     # The two sums cancel near the optimum: they meet in float64.
-    factor = _ratio(tl.load(gamma + sample * gamma_stride), tl.load(sigma + sample * sigma_stride)).to(tl.float64)
-    value = factor * tl.sum(products).to(tl.float64) + 0.5 * tl.sum(squares).to(tl.float64)
-    tl.store(loss + tl.program_id(0), tl.load(weight + sample * weight_stride).to(tl.float64) * value)
+    value = factor.to(tl.float64) * tl.sum(products).to(tl.float64) + 0.5 * tl.sum(squares).to(tl.float64)
+    tl.store(loss + tl.program_id(0), scale.to(tl.float64) * value)
 
 
-def _lcss(score: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int, *constants: Tensor) -> Tensor:
-    noise = None if noise is None else noise.contiguous()
-    args = (noise, seed, offset, *constants, *map(_stride, constants))
-    (loss,) = sum_samples(_lcss_kernel, (score.contiguous(),), 1, *args, num_warps=_WARPS)
+def _lcss(
+    score: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    mirrored: Tensor | None,
+    constants: tuple[Tensor, ...],
+    offset: int = 0,
+    gradients: Sequence[Tensor | None] = (None, None, None),
+) -> Tensor:
+    operands = (_dense(mirrored), _dense(noise), seed, offset)
+    args = (*operands, *constants, *map(stride, constants), *gradients)
+    (loss,) = sum_samples(_lcss_kernel, (score.contiguous(),), 1, *args, num_warps=WARPS)
     return loss
 
 
-def lcss_loss(score: Tensor, noise: Tensor, sigma: Tensor, gamma: Tensor, weight: Tensor) -> Tensor:
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def lcss_loss(score: Tensor, noise: Tensor, mirrored: Tensor | None, sigma: Tensor, gamma: Tensor, weight: Tensor) -> Tensor:
     """See fastdiff_kernels.ops.lcss_loss, for stored noise."""
-    return _lcss(score, noise, None, 0, sigma, gamma, weight)
+    return _lcss(score, noise, None, mirrored, (sigma, gamma, weight))
 
 
-def lcss_loss_seeded(score: Tensor, seed: Tensor, sigma: Tensor, gamma: Tensor, weight: Tensor, offset: int) -> Tensor:
+def lcss_loss_recorded(
+    score: Tensor, noise: Tensor, mirrored: Tensor | None, sigma: Tensor, gamma: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The loss, and in the same pass its gradients by score, noise and mirrored."""
+    gradients = wanted(score, needs)
+    return _lcss(score, noise, None, mirrored, (sigma, gamma, weight), gradients=gradients), *or_absent(gradients, score)
+
+
+def lcss_loss_seeded(
+    score: Tensor, seed: Tensor, mirrored: Tensor | None, sigma: Tensor, gamma: Tensor, weight: Tensor, offset: int
+) -> Tensor:
     """See fastdiff_kernels.ops.lcss_loss, for a seed."""
-    return _lcss(score, None, seed_beside(seed, score), offset, sigma, gamma, weight)
+    return _lcss(score, None, seed_beside(seed, score), mirrored, (sigma, gamma, weight), offset)
+
+
+def lcss_loss_seeded_recorded(
+    score: Tensor, seed: Tensor, mirrored: Tensor | None, sigma: Tensor, gamma: Tensor, weight: Tensor, offset: int, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The loss, and in the same pass its gradients by score and mirrored."""
+    to_score, to_mirrored = wanted(score, needs)
+    loss = _lcss(
+        score, None, seed_beside(seed, score), mirrored, (sigma, gamma, weight), offset, (to_score, None, to_mirrored)
+    )  # fmt: skip
+    return loss, *or_absent((to_score, to_mirrored), score)
 
 
 @triton.jit(do_not_specialize=["offset"])
 def _lcss_gradient_kernel(
-    grad, score, noise, seed, offset, sigma, gamma, weight, sigma_stride, gamma_stride, weight_stride,
-    grad_score, grad_noise, elements, blocks, BLOCK: tl.constexpr,
+    grad, score, mirrored, noise, seed, offset, sigma, gamma, weight, sigma_stride, gamma_stride, weight_stride,
+    to_score, to_noise, to_mirrored, elements, blocks, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sample, begin = locate(elements, blocks, BLOCK, 1)
     index = begin + tl.arange(0, BLOCK)
     mask = index < elements
     at = sample * elements + index
-    factor = _ratio(tl.load(gamma + sample * gamma_stride), tl.load(sigma + sample * sigma_stride))
-    scale = tl.load(grad + sample) * tl.load(weight + sample * weight_stride)
+    factor = ratio(tl.load(gamma + sample * gamma_stride), tl.load(sigma + sample * sigma_stride))
+    scale = tl.load(grad + sample) * tl.load(weight + sample * weight_stride) * (1.0 if mirrored is None else 0.5)
     s = widen(tl.load(score + at, mask=mask, other=0.0))
-    if grad_score is not None:
-        z = _noise_at(noise, seed, offset, sample, begin, at, mask, BLOCK).to(s.dtype)
-        tl.store(grad_score + at, scale * (factor * z + s), mask=mask)
-    if grad_noise is not None:
-        tl.store(grad_noise + at, scale * factor * s, mask=mask)
+    m = None if mirrored is None else widen(tl.load(mirrored + at, mask=mask, other=0.0))
+    z = _noise_at(noise, seed, offset, sample, begin, at, mask, BLOCK).to(s.dtype)
+    _write_lcss_gradients(s, m, z, factor, scale, to_score, to_noise, to_mirrored, at, mask)
 
 
 def lcss_loss_backward(
-    grad0: Tensor, score: Tensor, noise: Tensor, sigma: Tensor, gamma: Tensor, weight: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    """grad weight (gamma / sigma noise + score), grad weight gamma / sigma score."""
-    grad_score, grad_noise = (score.new_empty(score.shape) if need else None for need in needs)
-    constants = (sigma, gamma, weight)
-    _launch_blocks(
-        _lcss_gradient_kernel, score, grad0.contiguous(), score.contiguous(), noise.contiguous(), None, 0,
-        *constants, *map(_stride, constants), grad_score, grad_noise,
+    grad0: Tensor,
+    score: Tensor,
+    noise: Tensor,
+    mirrored: Tensor | None,
+    sigma: Tensor,
+    gamma: Tensor,
+    weight: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """With d = 1, or 1/2 beside a mirrored score m: d grad weight (gamma / sigma noise + score), (score - m), (m - gamma / sigma noise)."""
+    gradients, constants = wanted(score, needs), (sigma, gamma, weight)
+    launch_blocks(
+        _lcss_gradient_kernel, score, grad0.contiguous(), score.contiguous(), _dense(mirrored), noise.contiguous(), None, 0,
+        *constants, *map(stride, constants), *gradients,
     )  # fmt: skip
-    return _or_absent(grad_score, score), _or_absent(grad_noise, score)
+    return or_absent(gradients, score)
 
 
 def lcss_loss_seeded_backward(
-    grad0: Tensor, score: Tensor, seed: Tensor, sigma: Tensor, gamma: Tensor, weight: Tensor, offset: int, needs: Sequence[bool]
-) -> Tensor:
-    """grad weight (gamma / sigma noise + score)."""
-    grad_score, constants = score.new_empty(score.shape), (sigma, gamma, weight)
-    _launch_blocks(
-        _lcss_gradient_kernel, score, grad0.contiguous(), score.contiguous(), None, seed_beside(seed, score), offset,
-        *constants, *map(_stride, constants), grad_score, None,
+    grad0: Tensor,
+    score: Tensor,
+    seed: Tensor,
+    mirrored: Tensor | None,
+    sigma: Tensor,
+    gamma: Tensor,
+    weight: Tensor,
+    offset: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """As lcss_loss_backward, with the noise of the seed and none to it."""
+    to_score, to_mirrored = wanted(score, needs)
+    constants = (sigma, gamma, weight)
+    launch_blocks(
+        _lcss_gradient_kernel, score, grad0.contiguous(), score.contiguous(), _dense(mirrored), None, seed_beside(seed, score), offset,
+        *constants, *map(stride, constants), to_score, None, to_mirrored,
     )  # fmt: skip
-    return grad_score
+    return or_absent((to_score, to_mirrored), score)
+
+
+@triton.jit
+def _write_difference(difference, factor, to_denoised, to_clean, at, mask):
+    if to_denoised is not None:
+        tl.store(to_denoised + at, factor * difference, mask=mask)
+    if to_clean is not None:
+        tl.store(to_clean + at, -factor * difference, mask=mask)
 
 
 @triton.jit
 def _denoising_kernel(
-    denoised, clean, loss, elements, chunks, divisor, weight, weight_stride, BLOCK: tl.constexpr, BLOCKS_PER_CHUNK: tl.constexpr
+    denoised, clean, loss, elements, chunks, divisor, weight, weight_stride, to_denoised, to_clean,
+    BLOCK: tl.constexpr, BLOCKS_PER_CHUNK: tl.constexpr,
 ):  # fmt: skip
     sample, begin = locate(elements, chunks, BLOCK, BLOCKS_PER_CHUNK)
+    own_weight = tl.load(weight + sample * weight_stride)
     squares = tl.zeros((BLOCK,), tl.float64 if denoised.dtype.element_ty == tl.float64 else tl.float32)
     for block in tl.static_range(BLOCKS_PER_CHUNK):
         index = begin + block * BLOCK + tl.arange(0, BLOCK)
@@ -178,37 +223,45 @@ def _denoising_kernel(
         at = sample * elements + index
         error = widen(tl.load(denoised + at, mask=mask, other=0.0)) - widen(tl.load(clean + at, mask=mask, other=0.0))
         squares += error * error
-    tl.store(loss + tl.program_id(0), tl.load(weight + sample * weight_stride).to(tl.float64) * tl.sum(squares).to(tl.float64))
+        _write_difference(error, 2.0 * own_weight, to_denoised, to_clean, at, mask)
+    tl.store(loss + tl.program_id(0), own_weight.to(tl.float64) * tl.sum(squares).to(tl.float64))
+
+
+def _denoising(denoised: Tensor, clean: Tensor, weight: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
+    inputs = (denoised.contiguous(), clean.contiguous())
+    (loss,) = sum_samples(_denoising_kernel, inputs, 1, weight, stride(weight), *gradients, num_warps=WARPS)
+    return loss
 
 
 def denoising_loss(denoised: Tensor, clean: Tensor, weight: Tensor) -> Tensor:
     """See fastdiff_kernels.ops.denoising_loss."""
-    inputs = (denoised.contiguous(), clean.contiguous())
-    (loss,) = sum_samples(_denoising_kernel, inputs, 1, weight, _stride(weight), num_warps=_WARPS)
-    return loss
+    return _denoising(denoised, clean, weight, (None, None))
+
+
+def denoising_loss_recorded(denoised: Tensor, clean: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """The loss, and in the same pass its gradients."""
+    gradients = wanted(denoised, needs)
+    return _denoising(denoised, clean, weight, gradients), *or_absent(gradients, denoised)
 
 
 @triton.jit
 def _denoising_gradient_kernel(
-    grad, denoised, clean, weight, weight_stride, grad_denoised, grad_clean, elements, blocks, BLOCK: tl.constexpr
+    grad, denoised, clean, weight, weight_stride, to_denoised, to_clean, elements, blocks, BLOCK: tl.constexpr
 ):  # fmt: skip
     sample, begin = locate(elements, blocks, BLOCK, 1)
     index = begin + tl.arange(0, BLOCK)
     mask = index < elements
     at = sample * elements + index
     factor = 2.0 * tl.load(grad + sample) * tl.load(weight + sample * weight_stride)
-    gradient = factor * (widen(tl.load(denoised + at, mask=mask, other=0.0)) - widen(tl.load(clean + at, mask=mask, other=0.0)))
-    if grad_denoised is not None:
-        tl.store(grad_denoised + at, gradient, mask=mask)
-    if grad_clean is not None:
-        tl.store(grad_clean + at, -gradient, mask=mask)
+    error = widen(tl.load(denoised + at, mask=mask, other=0.0)) - widen(tl.load(clean + at, mask=mask, other=0.0))
+    _write_difference(error, factor, to_denoised, to_clean, at, mask)
 
 
-def denoising_loss_backward(grad0: Tensor, denoised: Tensor, clean: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+def denoising_loss_backward(grad0: Tensor, denoised: Tensor, clean: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """2 grad weight (denoised - clean), and its negative."""
-    grad_denoised, grad_clean = (denoised.new_empty(denoised.shape) if need else None for need in needs)
-    _launch_blocks(
+    gradients = wanted(denoised, needs)
+    launch_blocks(
         _denoising_gradient_kernel, denoised, grad0.contiguous(), denoised.contiguous(), clean.contiguous(),
-        weight, _stride(weight), grad_denoised, grad_clean,
+        weight, stride(weight), *gradients,
     )  # fmt: skip
-    return _or_absent(grad_denoised, denoised), _or_absent(grad_clean, denoised)
+    return or_absent(gradients, denoised)

@@ -383,6 +383,99 @@ def test_a_sample_does_not_depend_on_its_batch_or_the_threads(dtype):
     assert_bitwise(seeded(score[:1], sigma[:1]), [o[:1] for o in seeded(score, sigma)])
 
 
+@pytest.mark.parametrize("shape", [(3, 2), (1, 3, 1024, 1024)])
+def test_smallest_and_largest_samples(shape):
+    """From two elements to a megapixel: the definition's noise to 2 ulp, and a loss that is the float64 one to float32's rounding."""
+    z = noise(*shape)
+    assert ulps(z, definition(*shape)) <= 2
+    score = torch.randn(shape)
+    wide = [t.double().flatten(1) for t in (score, z)]
+    truth = 2 * (wide[0] * wide[1]).sum(1) + 0.5 * wide[0].square().sum(1)
+    for found in (ops.lcss_loss(score, SEED, 0.5), ops.lcss_loss(score, z, 0.5)):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
+
+
+def eager_pair(score, mirrored, z, sigma, gamma, weight):
+    return 0.5 * (eager_lcss(score, z, sigma, gamma, weight) + eager_lcss(mirrored, -z, sigma, gamma, weight))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_antithetic_pair_is_as_accurate_as_eager(shape, dtype):
+    score, mirrored, z = (torch.randn(shape, dtype=torch.float64).requires_grad_() for _ in range(3))
+
+    def ours(score, mirrored, z, sigma, gamma, weight):
+        sigma, gamma, weight = (_wide(c, score) for c in (sigma, gamma, weight))
+        return ops.lcss_loss(score, z, sigma, gamma=gamma, weight=weight, mirrored=mirrored)
+
+    assert_accurate(ours, eager_pair, [score, mirrored, z, *constants(shape[0])], dtype)
+
+
+def test_an_antithetic_pair_is_the_mean_of_its_halves():
+    plus, minus = torch.randn(2, 3, 2000, dtype=torch.float64)
+    halves = ops.lcss_loss(plus, SEED, 0.3, gamma=0.7) + ops.lcss_loss(-minus, SEED, 0.3, gamma=0.7)
+    torch.testing.assert_close(ops.lcss_loss(plus, SEED, 0.3, gamma=0.7, mirrored=minus), halves / 2)
+    perturbed = ops.lcss_perturb(plus, 0.3, SEED) + ops.lcss_perturb(plus, 0.3, SEED, mirrored=True)
+    torch.testing.assert_close(perturbed / 2, plus)
+
+
+def test_antithetic_pairs_take_the_variance_out_of_small_noise():
+    """A 2-d score with a known trace: both estimates are unbiased, and the pair's spread stays where the plain one's is 1 / sigma."""
+    x, matrix = (
+        torch.tensor([[0.4, -0.2]], dtype=torch.float64).expand(20000, 2),
+        torch.tensor([[0.8, 0.3], [0.1, 0.35]], dtype=torch.float64),
+    )
+
+    def score(x):
+        return (x @ matrix.T) + 0.1 * x.square()
+
+    trace, spreads = matrix.trace() + 0.2 * x[0].sum(), {}
+    for sigma in (0.1, 0.01):
+        plus, minus = (score(ops.lcss_perturb(x, sigma, SEED, mirrored=mirrored)) for mirrored in (False, True))
+        plain = ops.lcss_loss(plus, SEED, sigma) - 0.5 * plus.square().sum(1)
+        pair = ops.lcss_loss(plus, SEED, sigma, mirrored=minus) - 0.25 * (plus.square() + minus.square()).sum(1)
+        for estimate in (plain, pair):
+            assert abs(estimate.mean() - trace) < 4.5 * estimate.std() / math.sqrt(len(estimate))
+        spreads[sigma] = plain.std() / pair.std()
+    assert spreads[0.01] > 8 * spreads[0.1] > 8
+
+
+LOSSES = {
+    "stored": lambda s, z: ops.lcss_loss(s, z, 0.5),
+    "seeded": lambda s, z: ops.lcss_loss(s, SEED, 0.5),
+    "pair": lambda s, z: ops.lcss_loss(s, SEED, 0.5, mirrored=z),
+    "denoising": ops.denoising_loss,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_second_backward_gives_what_the_first_gave(name, dtype):
+    """The first one takes the gradient that forward wrote, with its memory."""
+    leaf, other = torch.randn(2, 3, 2000).to(dtype)
+    leaf.requires_grad_()
+    loss = LOSSES[name](leaf, other)
+    upstream = torch.randn_like(loss)
+    first, second = (torch.autograd.grad(loss, leaf, upstream, retain_graph=True)[0] for _ in range(2))
+    assert_bitwise(second, first)
+    (third,) = torch.autograd.grad(loss, leaf, -upstream)
+    assert_bitwise(third, -first)
+    assert first.data_ptr() != second.data_ptr()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_backward_allocates_nothing(name):
+    """Forward wrote the gradient where gradients were asked for; backward scales it where it is."""
+    leaf, other = torch.randn(2, 64, 2048)
+    loss = LOSSES[name](leaf.requires_grad_(), other)
+    upstream = torch.randn_like(loss)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.autograd.grad(loss, leaf, upstream)
+    assert max(event.cpu_memory_usage for event in profile.events()) < leaf.numel()
+    with torch.no_grad():
+        assert not LOSSES[name](leaf, other).requires_grad
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_values_stay_in_their_sample(value):
     def run(x):
@@ -430,6 +523,7 @@ X = torch.zeros(2, 3)
         (lambda: ops.lcss_loss(X, 1.5, 1.0), TypeError, "seed must be an int or a 0-d int64 tensor; got float"),
         (lambda: ops.lcss_loss(X, X, 1.0, gamma=math.nan), ValueError, "gamma must be finite; got nan"),
         (lambda: ops.lcss_loss(X, X, 1.0, weight=torch.ones(2, 1)), ValueError, r"weight must be .* got shape \(2, 1\)"),
+        (lambda: ops.lcss_loss(X, X, 1.0, mirrored=X[:1]), ValueError, r"mirrored must have the shape of score, \(2, 3\); got \(1, 3\)"),
         (lambda: ops.denoising_loss(X, X[:1]), ValueError, "clean must have the shape of denoised"),
         (lambda: ops.denoising_loss(X, X.half()), TypeError, "clean must have the dtype of denoised"),
         (lambda: ops.denoising_loss(X, [1.0]), TypeError, "clean must be a tensor; got list"),

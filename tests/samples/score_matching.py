@@ -32,11 +32,20 @@ def _lcss_perturb(dtype, device):
 
 def _lcss_loss(dtype, device):
     one = [_constant([value], dtype, device) for value in (0.5, 1.0, 2.0)]
-    return [(*_normals(2, dtype, device), *_constants(dtype, device)), (*_normals(2, dtype, device), *one)]
+    score, noise, mirrored = _normals(3, dtype, device)
+    return [
+        (score, noise, mirrored, *_constants(dtype, device)),
+        (score, noise, None, *_constants(dtype, device)),
+        (score, noise, None, *one),
+    ]
 
 
 def _lcss_loss_seeded(dtype, device):
-    return [(*_normals(1, dtype, device), torch.tensor(11), *_constants(dtype, device), 3)]
+    score, mirrored = _normals(2, dtype, device)
+    return [
+        (score, torch.tensor(11), mirrored, *_constants(dtype, device), 3),
+        (score, torch.tensor(11), None, *_constants(dtype, device), 3),
+    ]
 
 
 def _denoising_loss(dtype, device):

@@ -7,37 +7,37 @@
 
 namespace fastdiff::FASTDIFF_VARIANT {
 
-// Of one sample: the loss is -weight * value; the gradients are made of y = fake - teacher and e = fake - sample by the two factors.
-template <class A>
+// With y = fake - teacher and e = fake - sample: n = sqrt(|y|^2 + c^2), or n = 1. hypot, so that a small or large |y| is not lost.
+FD_INLINE double sim_norm(double gap, double c, bool pseudo_huber) { return pseudo_huber ? std::hypot(gap, c) : 1.0; }
+
+// <y, e> / n, minus which times the weight is the loss; 0 / 0 is 0.
+FD_INLINE double sim_projection(double product, double gap, double c, bool pseudo_huber) {
+  const double norm = sim_norm(gap, c, pseudo_huber);
+  return norm == 0 ? 0.0 : product / norm;
+}
+
+// What a sample's gradients are made of: 1 / n and <y, e> / n^3.
 struct SimFactors {
-  A value;   // <y, e> / n
-  A linear;  // 1 / n
-  A radial;  // <y, e> / n^3
+  double linear, radial;
 };
 
-// From |y|^2 and <y, e>, for n = sqrt(|y|^2 + c^2) (0 / 0 being 0) or n = 1.
+// From |y| and <y, e> / n.
+FD_INLINE SimFactors sim_factors(double gap, double projection, double c, bool pseudo_huber) {
+  if (!pseudo_huber) return {1.0, 0.0};
+  const double norm = sim_norm(gap, c, true);
+  if (norm == 0) return {0.0, 0.0};
+  return {1 / norm, projection / norm / norm};
+}
+
+// The gradients by both networks' outputs, with the factors times everything that is the same for a whole sample.
 template <class A>
-FD_INLINE SimFactors<A> sim_factors(A gap_squared, A product, A c, bool pseudo_huber) {
-  if (!pseudo_huber) return {product, A(1), A(0)};
-  const A squared = gap_squared + c * c;
-  if (squared == 0) return {A(0), A(0), A(0)};
-  const A linear = A(1) / std::sqrt(squared);
-  return {product * linear, linear, product * linear / squared};
+FD_INLINE A sim_teacher_gradient(A gap, A error, A linear, A radial) {
+  return linear * error - radial * gap;
 }
 
 template <class A>
-FD_INLINE A sim_sample_gradient(A gap, A scale, A linear) {
-  return scale * (linear * gap);
-}
-
-template <class A>
-FD_INLINE A sim_teacher_gradient(A gap, A error, A scale, A linear, A radial) {
-  return scale * (linear * error - radial * gap);
-}
-
-template <class A>
-FD_INLINE A sim_fake_gradient(A gap, A error, A scale, A linear, A radial) {
-  return -scale * (linear * (gap + error) - radial * gap);
+FD_INLINE A sim_fake_gradient(A gap, A error, A linear, A radial) {
+  return radial * gap - linear * (gap + error);
 }
 
 // Twice this times the weight is the gradient of |sample - auxiliary|^2 + |teacher - auxiliary|^2 in auxiliary.
