@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
 from torch import Tensor
 
 _TRITON = importlib.util.find_spec("triton") is not None
