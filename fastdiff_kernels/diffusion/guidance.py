@@ -50,4 +50,6 @@ def _stack(key: str, conditional: object, unconditional: object) -> object:
 
 def take_rows(conditioning: dict[str, object], rows: Tensor) -> dict[str, object]:
     """The conditioning of the samples `rows` (int64)."""
-    return {key: value[rows.to(value.device, non_blocking=True)] if isinstance(value, Tensor) else value for key, value in conditioning.items()}
+    return {
+        key: value[rows.to(value.device, non_blocking=True)] if isinstance(value, Tensor) else value for key, value in conditioning.items()
+    }

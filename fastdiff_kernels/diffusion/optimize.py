@@ -154,7 +154,7 @@ def level_errors(grid: Tensor, cost: Tensor, cost_error: Tensor, levels: Tensor)
     fraction = (running[interval] + share * width[interval]) / running[-1]
     spread = ((1 - fraction).square() * known + fraction.square() * (variance[-1] - known)).sqrt()
     speed = width[interval] / (depth[interval + 1] - depth[interval])
-    error = spread / speed
+    error = (spread / speed).nan_to_num(nan=math.inf, posinf=math.inf)  # of single samples nothing is known
     error[0] = 0.0
     if len(error) > 1:
         error[-1] = 0.0

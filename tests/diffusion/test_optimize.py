@@ -316,6 +316,14 @@ def test_an_interrupted_estimate_goes_on_where_it_stopped(tmp_path: Path) -> Non
         optimize_schedule(denoiser, data, 5, path=path, **{**options, "knots": 33})
 
 
+def test_single_samples_have_no_standard_error() -> None:
+    schedule = optimize_schedule(
+        EDMPrecond(GaussianNetwork(0.4)), gaussian_data(0.4, 50, 8), 5, sigma_min=0.02, sigma_max=8.0, knots=16, batch_size=1
+    )
+    assert schedule.cost_error.isinf().all()
+    assert schedule.error.tolist() == [0.0, *[math.inf] * 3, 0.0, 0.0]
+
+
 def test_batches_may_be_streamed_with_their_conditioning() -> None:
     spy = SpyDenoiser()
     stream = [(100.0 * torch.full((size, 3), float(size)), {"place": torch.full((size,), float(size))}) for size in (2, 5, 3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +104,17 @@ def test_levels_of_equal_predictor_cost() -> None:
     assert schedule.cost.shape == schedule.cost_error.shape == (12,)
     assert math.isclose(levels[0], 10.0)
     assert levels[-1] == 0.1
+
+
+def test_an_interrupted_estimate_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    denoiser, data = EDMPrecond(GaussianNetwork(0.5)), 0.5 * torch.randn(50, 8, dtype=torch.float64)
+    options = {"sigma_min": 0.1, "sigma_max": 10.0, "cost": "predictor", "batch_size": 8, "damping": 0.5}
+    whole = optimize_schedule(denoiser, data, 6, rounds=4, **options)
+    optimize_schedule(denoiser, data, 6, rounds=1, path=tmp_path / "p.pt", **options)
+    resumed = optimize_schedule(denoiser, data, 6, rounds=4, path=tmp_path / "p.pt", **options)
+    assert torch.equal(resumed.sigmas, whole.sigmas)
+    assert torch.equal(resumed.error, whole.error)
+    assert resumed.error[1:-2].min() > 0
 
 
 def test_probes_leave_no_gradients_behind() -> None:
