@@ -33,6 +33,9 @@ def _has_tangent(args: Sequence[Any]) -> bool:
 def _dual(op: Op, dual: str, wanted: Sequence[int], args: Sequence[Any]):
     """Outputs and tangents of one call in forward mode, by the op named `dual`, which computes both."""
     pairs = [forward_ad.unpack_dual(a, level=0) if isinstance(a, Tensor) else (a, None) for a in args]
+    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for _, t in pairs):
+        # Its batches (gradcheck's) know no way to make a dual of outputs that a kernel returned as a batch.
+        return op.reference(*args)
     results = getattr(torch.ops.fastdiff, dual).default(*[primal for primal, _ in pairs], *[pairs[i][1] for i in wanted])
     outputs, tangents = results[: op.outputs], results[op.outputs :]
     return one_or_all([forward_ad.make_dual(o, t, level=0) for o, t in zip(outputs, tangents, strict=True)])
@@ -132,7 +135,8 @@ def autograd_kernel(op: Op) -> Callable:
         for i, name in refused:
             if args[i] is not None and (args[i].requires_grad or (dual and _has_tangent(args[i : i + 1]))):
                 raise ValueError(f"{op.name}: {name} must not require grad or carry a tangent; {_why_refused(op)}")
-        if dual and op.dual:
+        # A graph recorded of the dual op would hold its primal inputs without their tangents, which forward over reverse needs.
+        if dual and op.dual and not recording:
             return _dual(op, op.dual, wanted, args)
         if dual or any(isinstance(args[i], Tensor) and args[i].requires_grad for i in traced):
             return op.reference(*args)

@@ -100,7 +100,8 @@ def query_kernel(
 
 @triton.jit
 def _key_gradients(
-    k_sums, k_more, v_sums, v_more, k_head, k_tail, v_head, v_tail, q, grad, q_strides, grad_strides, lse, delta, begin, end, queries, scale,
+    k_sums, k_more, v_sums, v_more, k_head, k_tail, v_head, v_tail,
+    q, grad, q_strides, grad_strides, lse, delta, begin, end, queries, scale,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
@@ -176,12 +177,14 @@ def key_kernel(
         k_more = tl.zeros([BLOCK_N, TAIL], tl.float32)
         v_more = tl.zeros([BLOCK_N, TAIL], tl.float32)
     k_sums, k_more, v_sums, v_more = _key_gradients(
-        k_sums, k_more, v_sums, v_more, k_head, k_tail, v_head, v_tail, q, grad, q_strides, grad_strides, lse, delta, 0, whole, queries,
+        k_sums, k_more, v_sums, v_more, k_head, k_tail, v_head, v_tail,
+        q, grad, q_strides, grad_strides, lse, delta, 0, whole, queries,
         scale, grad_k is not None, grad_v is not None, HEAD, TAIL, WIDTH, UNIT, BLOCK_M, False, PRECISION, WIDEN, STAGES,
     )  # fmt: skip
     if not EVEN:
         k_sums, k_more, v_sums, v_more = _key_gradients(
-            k_sums, k_more, v_sums, v_more, k_head, k_tail, v_head, v_tail, q, grad, q_strides, grad_strides, lse, delta, whole, end, queries,
+            k_sums, k_more, v_sums, v_more, k_head, k_tail, v_head, v_tail,
+            q, grad, q_strides, grad_strides, lse, delta, whole, end, queries,
             scale, grad_k is not None, grad_v is not None, HEAD, TAIL, WIDTH, UNIT, BLOCK_M, True, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
 

@@ -31,34 +31,31 @@ class Sizes:
 # GPUs with 227 KiB of shared memory multiply by warp groups or in tensor memory; the others have 99 KiB at least.
 _LARGE = (90, 100, 103)
 
-# Rows hold for widths up to theirs, padding included.
+# Queries, keys, warps and stages (and `separate`) by kernel, one entry for each width, padding included, that it goes up to.
+_Table = dict[str, tuple[tuple[int, ...], ...]]
 _WIDTHS = (32, 64, 96, 128, 192, 256)
 
-_NARROW_LARGE = {
-    "forward": (Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 8, 2)),
-    "forward, long": (
-        Sizes(128, 64, 8, 3), Sizes(128, 64, 8, 3), Sizes(128, 64, 8, 3), Sizes(128, 64, 8, 3), Sizes(128, 64, 8, 2), Sizes(128, 64, 8, 2),
-    ),
-    "queries": (Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2), Sizes(64, 64, 8, 2), Sizes(64, 32, 8, 2)),
-    "keys": (
-        Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2), Sizes(64, 64, 8, 2), Sizes(64, 64, 8, 2), Sizes(32, 64, 8, 2), Sizes(32, 64, 8, 2, True),
-    ),
-    "dual": (Sizes(64, 32, 4, 2), Sizes(64, 32, 4, 2), Sizes(64, 32, 8, 2), Sizes(64, 32, 8, 2), Sizes(16, 32, 4, 2), Sizes(16, 32, 4, 2)),
+_NARROW_LARGE: _Table = {
+    "forward": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
+    "forward, long": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+    "queries": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    "keys": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2, True)),
+    "dual": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (16, 32, 4, 2), (32, 16, 8, 2)),
 }  # fmt: skip
 
-_NARROW_SMALL = {
-    "forward": (Sizes(64, 64, 4, 3), Sizes(64, 64, 4, 3), Sizes(64, 32, 4, 3), Sizes(64, 32, 4, 2), Sizes(32, 32, 4, 2), Sizes(32, 32, 8, 2)),
-    "queries": (Sizes(64, 64, 4, 3), Sizes(64, 32, 4, 3), Sizes(64, 32, 4, 2), Sizes(64, 32, 8, 2), Sizes(32, 32, 8, 2), Sizes(32, 32, 8, 1)),
-    "keys": (Sizes(64, 64, 4, 2), Sizes(32, 64, 4, 2), Sizes(32, 32, 4, 2), Sizes(32, 64, 8, 2), Sizes(16, 32, 8, 2), Sizes(32, 32, 8, 1)),
-    "dual": (Sizes(64, 32, 4, 2), Sizes(64, 32, 4, 2), Sizes(32, 32, 4, 2), Sizes(32, 32, 4, 2), Sizes(16, 32, 4, 2), Sizes(16, 32, 4, 2)),
+_NARROW_SMALL: _Table = {
+    "forward": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
+    "queries": ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
+    "keys": ((64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2), (32, 64, 8, 2), (16, 32, 8, 2), (32, 32, 8, 1)),
+    "dual": ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2), (32, 16, 8, 2)),
 }  # fmt: skip
 
 # float32 is multiplied without tensor cores; a second load in flight also keeps the compiler from holding whole rows in registers.
-_WIDE = {
-    "forward": (Sizes(32, 32, 4, 2), Sizes(32, 32, 4, 2), Sizes(32, 32, 8, 2), Sizes(32, 32, 8, 2), Sizes(16, 32, 8, 2), Sizes(16, 32, 8, 2)),
-    "queries": (Sizes(32, 32, 8, 2), Sizes(32, 32, 8, 2), Sizes(16, 32, 8, 2), Sizes(16, 32, 8, 2), Sizes(16, 16, 8, 2), Sizes(16, 16, 8, 2)),
-    "keys": (Sizes(32, 32, 8, 1), Sizes(32, 32, 8, 1), Sizes(16, 32, 8, 1), Sizes(16, 32, 8, 1), Sizes(16, 16, 8, 1), Sizes(16, 16, 8, 1)),
-    "dual": (Sizes(32, 32, 8, 1), Sizes(32, 32, 8, 1), Sizes(16, 16, 8, 2), Sizes(16, 16, 8, 2)),
+_WIDE: _Table = {
+    "forward": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+    "queries": ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    "keys": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "dual": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 2), (16, 16, 8, 2)),
 }  # fmt: skip
 
 LONG = 1024
@@ -72,7 +69,7 @@ def sizes(kernel: str, q: Tensor) -> Sizes:
     width = sum(pieces(q.shape[3]))
     column = next(i for i, limit in enumerate(_WIDTHS) if width <= limit)
     if q.dtype == torch.float32:
-        return _WIDE[kernel][column]
+        return Sizes(*_WIDE[kernel][column])
     large = capability(q) in _LARGE
     long = large and kernel == "forward" and q.shape[1] >= LONG
-    return (_NARROW_LARGE if large else _NARROW_SMALL)["forward, long" if long else kernel][column]
+    return Sizes(*(_NARROW_LARGE if large else _NARROW_SMALL)["forward, long" if long else kernel][column])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -32,9 +31,10 @@ def exponential(logits, scale, shift, PRECISION: tl.constexpr):
     """e^(scale logits - shift), the shift [rows, 1] or [1, columns]."""
     if PRECISION == "ieee":
         # The difference first: it is small where the result is not, and so is what its product with a rounded constant loses.
-        return tl.exp2((logits * scale - shift) * LOG2_E)
+        power = (logits * scale - shift) * LOG2_E
     else:
-        return tl.exp2(logits * (scale * LOG2_E) - shift * LOG2_E)
+        power = logits * (scale * LOG2_E) - shift * LOG2_E
+    return tl.exp2(power)
 
 
 @triton.jit
@@ -67,13 +67,14 @@ def load_rows(
     at = _pointers(base, strides, start, columns, ROWS, UNIT)
     exists = (start + tl.arange(0, ROWS) < stop)[:, None]
     if MASKED and FIRST + SIZE > WIDTH:
-        return tl.load(at, mask=exists & (columns < WIDTH)[None, :], other=0.0)
+        tile = tl.load(at, mask=exists & (columns < WIDTH)[None, :], other=0.0)
     elif MASKED:
-        return tl.load(at, mask=exists, other=0.0)
+        tile = tl.load(at, mask=exists, other=0.0)
     elif FIRST + SIZE > WIDTH:
-        return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+        tile = tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
     else:
-        return tl.load(at)
+        tile = tl.load(at)
+    return tile
 
 
 @triton.jit
@@ -89,9 +90,8 @@ def store_rows(
 @triton.jit
 def existing_keys(key_lengths, b, keys):
     """How many keys of sample b exist."""
-    if key_lengths is None:
-        length = keys
-    else:
+    length = keys
+    if key_lengths is not None:
         length = tl.minimum(tl.maximum(tl.load(key_lengths + b), 0), keys).to(tl.int32)
     return length
 
