@@ -1,3 +1,5 @@
+# mypy: disable-error-code="assignment"
+# (Triton unrolls the loops in which tuples of chunks grow.)
 """Kernels of the modulation family: one forward and one backward for all four ops, told apart by which operands are None.
 
 A tile is ROWS rows of CHANNELS elements, held as chunks of CHUNK columns: any width is then a few powers of two, of which at most the last
