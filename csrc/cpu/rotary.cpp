@@ -116,24 +116,27 @@ FD_INLINE void normalise(const A* x, A* to, int64_t size, const A* weight, const
   }
 }
 
-// Turns grad, that of a run's normalised and weighted values, into that of x, in `to`; adds to the weight's gradient.
-template <class A>
-FD_INLINE void normalise_backward(A* grad, const A* x, A* to, int64_t size, const A* weight, const Norm& norm, double* grad_weight) {
+// The gradient of x from grad, that of the run's normalised and weighted values; adds to the weight's gradient.
+template <bool kWeighted, class A>
+FD_INLINE void normalise_backward(const A* grad, const A* x, A* to, int64_t size, const A* weight, const Norm& norm, double* grad_weight) {
   const Run<A> run = measure(x, size, norm);
   const A mean = run.mean, factor = run.factor;
   if (grad_weight) {
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) grad_weight[i] += grad[i] * ((x[i] - mean) * factor);
   }
-  if (weight) {
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) grad[i] *= weight[i];
-  }
-  const A constant = norm.centred ? sum_of<A>(size, [=](int64_t i) { return grad[i]; }) / A(size) : A(0);
-  const A product = sum_of<A>(size, [=](int64_t i) { return grad[i] * (x[i] - mean); });
+  const auto weighted = [=](int64_t i) {
+    if constexpr (kWeighted) {
+      return grad[i] * weight[i];
+    } else {
+      return grad[i];
+    }
+  };
+  const A constant = norm.centred ? sum_of<A>(size, weighted) / A(size) : A(0);
+  const A product = sum_of<A>(size, [=](int64_t i) { return weighted(i) * (x[i] - mean); });
   const A correction = norm_correction(run.mean_square, factor, product / A(size), norm.pixel);
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i) to[i] = factor * (grad[i] - constant) - (x[i] - mean) * correction;
+  for (int64_t i = 0; i < size; ++i) to[i] = factor * (weighted(i) - constant) - (x[i] - mean) * correction;
 }
 
 // One of the tensors that an op normalises, with what becomes of it. Backward: grad is the gradient of its output, grad_x and sums are
@@ -209,25 +212,33 @@ void backward_piece(const Job<T>& job, int64_t chunk, const Piece& piece, Acc<T>
   using A = Acc<T>;
   A *grads = room + piece.elements(), *values = grads + piece.elements();
   double* sums = job.sums ? job.sums + chunk * (norm.over_heads ? piece.run() : piece.width) : nullptr;
-  Heads<T> from(job.x, norm.over_heads), upstream(*job.grad, false);
+  Heads<T> from(job.x, norm.over_heads), upstream(*job.grad, norm.over_heads);
   HeadsOut<T> to(job.out, job.x);
   upstream.take(piece, grads);
   if (norm.any) from.take(piece, values);
   to.begin(piece, room);
+  const auto through_norm = [&](const A* grad, int64_t t, int64_t h, int64_t size) {
+    if (job.weight) {
+      normalise_backward<true>(grad, from.at(t, h), to.at(t, h), size, job.weight, norm, sums);
+    } else {
+      normalise_backward<false>(grad, from.at(t, h), to.at(t, h), size, job.weight, norm, sums);
+    }
+  };
   for (int64_t t = 0; t < piece.tokens; ++t) {
     const A *cosine = rotation.cosines.row(piece.b, piece.n + t), *sine = rotation.sines.row(piece.b, piece.n + t);
     A* token = grads + t * piece.run();
     for (int64_t h = 0; h < piece.heads; ++h) {
-      A* head = norm.any ? token + h * piece.width : to.at(t, h);
-      const A* given = upstream.at(t, h);
+      const A *given = upstream.at(t, h), *turned = given;
       if (cosine) {
+        A* head = norm.any ? token + h * piece.width : to.at(t, h);
         rotate_head(given, head, piece.width, cosine, sine, A(-1), norm.half);
-      } else if (given != head) {
-        memcpy(head, given, piece.width * sizeof(A));
+        turned = head;
+      } else if (!norm.any && to.at(t, h) != given) {
+        memcpy(to.at(t, h), given, piece.width * sizeof(A));
       }
-      if (norm.any && !norm.over_heads) normalise_backward(head, from.at(t, h), to.at(t, h), piece.width, job.weight, norm, sums);
+      if (norm.any && !norm.over_heads) through_norm(turned, t, h, piece.width);
     }
-    if (norm.over_heads) normalise_backward(token, from.at(t, 0), to.at(t, 0), piece.run(), job.weight, norm, sums);
+    if (norm.over_heads) through_norm(cosine ? token : upstream.at(t, 0), t, 0, piece.run());
   }
   to.end();
 }
