@@ -29,11 +29,10 @@ def product(a, b, sums, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 @triton.jit
 def exponential(logits, scale, shift, PRECISION: tl.constexpr):
     """e^(scale logits - shift), the shift [rows, 1] or [1, columns]."""
+    power = logits * (scale * LOG2_E) - shift * LOG2_E
     if PRECISION == "ieee":
         # The difference first: it is small where the result is not, and so is what its product with a rounded constant loses.
         power = (logits * scale - shift) * LOG2_E
-    else:
-        power = logits * (scale * LOG2_E) - shift * LOG2_E
     return tl.exp2(power)
 
 

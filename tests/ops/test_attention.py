@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from fastdiff_kernels import ops
 from fastdiff_kernels.reference import attention as definition
 
-from ..helpers import FLOATS, assert_accurate, assert_bitwise, assert_independent_of_batch, assert_independent_of_threads
+from ..helpers import (
+    FLOATS,
+    assert_accurate,
+    assert_bitwise,
+    assert_independent_of_batch,
+    assert_independent_of_threads,
+    assert_within_eager,
+)
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,6 +117,103 @@ def test_a_samples_result_does_not_depend_on_its_batch(shape, dtype):
     assert_independent_of_batch(lambda *a: gradients(lambda *t: ops.attention(*t, key_lengths=a[3]), a[:3]), *args, lengths)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_log_sum_exp_is_that_of_the_logits(dtype):
+    q, k, v = (t.to(dtype) for t in operands(3, 20, 70, 2, 24))
+    lengths = as_lengths(70, 33, 0)
+    output, lse = ops.attention(q, k, v, scale=0.3, key_lengths=lengths, return_lse=True)
+    assert_bitwise(output, ops.attention(q, k, v, scale=0.3, key_lengths=lengths))
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    logits = 0.3 * torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double())
+    truth = torch.stack([logits[0].logsumexp(-1), logits[1, ..., :33].logsumexp(-1)])
+    torch.testing.assert_close(lse[:2].double(), truth, rtol=4 * torch.finfo(lse.dtype).eps, atol=4 * torch.finfo(lse.dtype).eps)
+    assert (lse[2] == -torch.inf).all()
+
+
+def test_parts_of_the_keys_are_merged_by_their_log_sum_exp():
+    q, k, v = (t.double().requires_grad_() for t in operands(2, 9, 40, 2, 8))
+    parts = [ops.attention(q, k[:, i:j], v[:, i:j], return_lse=True) for i, j in ((0, 15), (15, 40))]
+    total = torch.logaddexp(parts[0][1], parts[1][1])
+    merged = sum(output * (lse - total).exp().transpose(1, 2)[..., None] for output, lse in parts)
+    whole = ops.attention(q, k, v)
+    torch.testing.assert_close(merged, whole)
+    upstream = torch.randn_like(whole)
+    for m, w in zip(*(torch.autograd.grad(x, (q, k, v), upstream) for x in (merged, whole)), strict=True):
+        torch.testing.assert_close(m, w)
+
+
+def test_gradient_of_the_log_sum_exp_alone():
+    args = [t.double().requires_grad_() for t in operands(2, 9, 40, 2, 8)]
+    grads = torch.autograd.grad(ops.attention(*args, return_lse=True)[1].sin().sum(), args[:2])
+    expected = torch.autograd.grad(definition.attention(*args)[1].sin().sum(), args[:2])
+    for g, e in zip(grads, expected, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("keys", [255, 300, 1100])
+def test_gradients_of_one_head_are_summed_over_runs_of_keys(keys):
+    args = [t.double() for t in operands(1, 70, keys, 1, 24)]
+    lengths = as_lengths(keys - 40)
+    ours = gradients(lambda *a: ops.attention(*a, key_lengths=lengths), args)
+    expected = gradients(lambda *a: definition.attention(*a, None, lengths)[0], args)
+    for a, e in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+    assert_independent_of_threads(lambda: gradients(ops.attention, args))
+
+
+def tangents_of(args, present=(True, True, True)):
+    return [torch.randn_like(a) if p else None for a, p in zip(args, present, strict=True)]
+
+
+def defined_tangents(args, tangents, **options):
+    directions = [torch.zeros_like(a) if t is None else t for a, t in zip(args, tangents, strict=True)]
+    outputs, derivatives = torch.func.jvp(lambda *a: definition.attention(*a, **options), tuple(args), tuple(directions))
+    return *outputs, *derivatives
+
+
+@pytest.mark.parametrize(
+    "present", [(True, True, True), (True, False, False), (False, True, True), (False, False, True), (False, False, False)]
+)
+@pytest.mark.parametrize(("rows", "keys", "width"), [(64, 64, 16), (70, 333, 24), (5, 130, 5)])
+def test_outputs_and_tangents_in_one_pass(rows, keys, width, present):
+    args = [t.double() for t in operands(3, rows, keys, 2, width)]
+    tangents, lengths = tangents_of(args, present), as_lengths(keys, 3, 0)
+    ours = ops.attention_dual(*args, *tangents, scale=0.3, key_lengths=lengths)
+    assert_bitwise(ours[:2], ops.attention(*args, scale=0.3, key_lengths=lengths, return_lse=True))
+    for a, e in zip(ours, defined_tangents(args, tangents, scale=0.3, key_lengths=lengths), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_tangents_are_as_accurate_as_those_of_eager(dtype):
+    args = [t.to(dtype) for t in operands(2, 70, 150, 2, 72)]
+    tangents = tangents_of(args)
+
+    def eager_tangent(args, tangents):
+        return torch.func.jvp(eager, tuple(args), tuple(tangents))[1]
+
+    truth = eager_tangent([a.double() for a in args], [t.double() for t in tangents])
+    assert_within_eager(ops.attention_dual(*args, *tangents)[2], eager_tangent(args, tangents), truth)
+
+
+def test_forward_mode_runs_the_op_of_both():
+    args = operands(2, 9, 40, 2, 8)
+    tangents = tangents_of(args)
+    output, tangent = torch.func.jvp(ops.attention, tuple(args), tuple(tangents))
+    assert_bitwise((output, tangent), ops.attention_dual(*args, *tangents)[::2])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_tangents_in_the_padding_never_leak(dtype):
+    args = [t.to(dtype) for t in operands(3, 20, 70, 2, 16)]
+    tangents, lengths = tangents_of(args), as_lengths(70, 33, 0)
+    clean = ops.attention_dual(*args, *tangents, key_lengths=lengths)
+    for x in (*args[1:], *tangents[1:]):
+        x[1, 33:], x[2] = torch.nan, torch.inf
+    assert_bitwise(ops.attention_dual(*args, *tangents, key_lengths=lengths), clean)
+    assert_independent_of_batch(lambda *a: ops.attention_dual(*a[:6], key_lengths=a[6]), *args, *tangents, lengths)
+
+
 def test_threads_change_no_bit():
     args = operands(3, 150, 90, 4, 24)
     assert_independent_of_threads(lambda: gradients(ops.attention, args))
@@ -191,6 +295,17 @@ REFUSED = {
     "v-width": (lambda: ops.attention(Q, Q, Q[..., :2]), ValueError, r"v must have shape \(2, M, 2, 4\).*got \(2, 3, 2, 2\)"),
     "v-rows": (lambda: ops.attention(Q, Q, Q[:, :2]), ValueError, r"v must have as many rows as k, 3; got shape \(2, 2, 2, 4\)"),
     "k-dtype": (lambda: ops.attention(Q, Q.half(), Q), TypeError, "k must have the dtype of q, torch.float32; got torch.float16"),
+    "tangent-shape": (
+        lambda: ops.attention_dual(Q, Q, Q, None, Q[:1]),
+        ValueError,
+        r"attention_dual: t_k must have the shape of k, \(2, 3, 2, 4\); got \(1, 3, 2, 4\)",
+    ),
+    "tangent-dtype": (
+        lambda: ops.attention_dual(Q, Q, Q, Q.half()),
+        TypeError,
+        "t_q must have the dtype of q, torch.float32; got torch.float16",
+    ),
+    "dual-q": (lambda: ops.attention_dual(Q[0], Q, Q), ValueError, "attention_dual: q must have 4 dimensions"),
     "device": (lambda: ops.attention(Q, Q, Q.to("meta")), ValueError, "v must be on the device of q, cpu; got meta"),
     "scale-type": (lambda: ops.attention(Q, Q, Q, scale="1"), TypeError, "scale must be a number or None; got str"),
     "scale-nan": (lambda: ops.attention(Q, Q, Q, scale=float("nan")), ValueError, "scale must be finite; got nan"),
