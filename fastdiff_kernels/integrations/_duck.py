@@ -78,10 +78,13 @@ def _difference(module: Any, shape: Any) -> str | None:
         for parameter in twin.parameters():
             fan = parameter[0].numel() if parameter.dim() > 1 else 4
             parameter.copy_(torch.randn(parameter.shape) / max(fan, 1) ** 0.5)
-        args = shape.example(twin)
-        before: Tensor = twin(*[a.clone() for a in args])
-        swap(twin, _subclass(shape, kind))
-        after: Tensor = twin(*[a.clone() for a in args])
+        try:
+            args = shape.example(twin)
+            before: Tensor = twin(*[a.clone() for a in args])
+            swap(twin, _subclass(shape, kind))
+            after: Tensor = twin(*[a.clone() for a in args])
+        except Exception as error:  # a stranger's forward may raise anything
+            return f"it has the parts of {shape.__name__} and cannot be called as one: {type(error).__name__}: {error}"
     scale = max(before.abs().max().item(), 1.0)
     if before.shape != after.shape or not (before - after).abs().max().item() <= _TOLERANCE * scale:
         return f"it has the parts of {shape.__name__} and computes something else"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 
 class Attention(nn.Module):
@@ -71,3 +74,142 @@ class DiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, c)
         return self.final_layer(tokens, c).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class GroupNorm(nn.Module):
+    """A group norm of one's own."""
+
+    def __init__(self, channels: int, num_groups: int = 4, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_groups, self.eps = num_groups, eps
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class UNetBlock(nn.Module):
+    """EDM's residual block (arXiv 2206.00364, appendix F.2): norm, SiLU, convolution; twice; attention; sums scaled by skip_scale."""
+
+    def __init__(self, channels: int, emb_channels: int, num_heads: int, adaptive_scale: bool) -> None:
+        super().__init__()
+        self.num_heads, self.adaptive_scale, self.skip_scale = num_heads, adaptive_scale, 0.5**0.5
+        self.norm0, self.norm1 = GroupNorm(channels), GroupNorm(channels)
+        self.conv0, self.conv1 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.affine = nn.Linear(emb_channels, channels * (2 if adaptive_scale else 1))
+        if num_heads:
+            self.norm2 = GroupNorm(channels)
+            self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(silu(self.norm0(x)))
+        params = self.affine(emb)[:, :, None, None]
+        if self.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            h = silu(self.norm1(h) * (scale + 1) + shift)
+        else:
+            h = silu(self.norm1(h + params))
+        x = (self.conv1(h) + x) * self.skip_scale
+        if self.num_heads:
+            batch, channels = x.shape[:2]
+            q, k, v = self.qkv(self.norm2(x)).reshape(batch * self.num_heads, channels // self.num_heads, 3, -1).unbind(2)
+            weights = torch.einsum("ncq,nck->nqk", q / math.sqrt(k.shape[1]), k).softmax(dim=2)
+            attended = torch.einsum("nqk,nck->ncq", weights, v)
+            x = (self.proj(attended.reshape(x.shape)) + x) * self.skip_scale
+        return x
+
+
+def unit(x: Tensor, dim: int | tuple[int, ...], eps: float = 1e-4) -> Tensor:
+    """x / (eps + rms(x)) over dim."""
+    return x / (eps + x.square().mean(dim, keepdim=True).sqrt())
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
+    return a.lerp(b, t) / math.hypot(1 - t, t)
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    return silu(x) / 0.596
+
+
+class MPConv(nn.Module):
+    """A convolution, or a linear layer, with weights of unit variance, scaled to keep magnitudes."""
+
+    def __init__(self, channels: int, out: int, kernel: int = 0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out, channels, *((kernel, kernel) if kernel else ())))
+
+    def forward(self, x: Tensor, gain: float | Tensor = 1.0) -> Tensor:
+        dims = tuple(range(1, self.weight.dim()))
+        weight = (unit(self.weight, dims) * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
+        return x @ weight.t() if weight.dim() == 2 else nn.functional.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+class Block(nn.Module):
+    """EDM2's residual block (arXiv 2312.02696, figure 21, encoder), without resampling."""
+
+    def __init__(self, channels: int, emb_channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.res_balance, self.attn_balance, self.clip_act = num_heads, 0.3, 0.3, 2.0
+        self.emb_gain = nn.Parameter(torch.tensor(0.5))
+        self.conv_res0, self.conv_res1 = MPConv(channels, channels, 3), MPConv(channels, channels, 3)
+        self.emb_linear = MPConv(emb_channels, channels)
+        self.conv_skip = None
+        self.attn_qkv = MPConv(channels, 3 * channels, 1) if num_heads else None
+        self.attn_proj = MPConv(channels, channels, 1) if num_heads else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = unit(x, 1)
+        c = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = self.conv_res1(mp_silu(self.conv_res0(mp_silu(x)) * c[:, :, None, None]))
+        x = mp_sum(x, y, self.res_balance)
+        if self.num_heads != 0:
+            y = self.attn_qkv(x)
+            y = y.reshape(y.shape[0], self.num_heads, -1, 3, y.shape[2] * y.shape[3])
+            q, k, v = unit(y, 2).unbind(3)
+            weights = torch.einsum("nhcq,nhck->nhqk", q, k / math.sqrt(q.shape[2])).softmax(dim=3)
+            attended = torch.einsum("nhqk,nhck->nhcq", weights, v)
+            x = mp_sum(x, self.attn_proj(attended.reshape(x.shape)), self.attn_balance)
+        return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
+
+
+class Network(nn.Module):
+    """F(x, c_noise, class_labels) of a few blocks, of either kind."""
+
+    def __init__(self, blocks: list[nn.Module], channels: int, classes: int) -> None:
+        super().__init__()
+        self.entry, self.exit = nn.Conv2d(2, channels, 1), nn.Conv2d(channels, 2, 1)
+        self.noise, self.label = nn.Linear(1, 6), nn.Linear(classes, 6)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        emb = self.noise(noise[:, None].to(x.dtype))
+        if class_labels is not None:
+            emb = emb + self.label(class_labels.to(x.dtype))
+        x = self.entry(x)
+        for block in self.blocks:
+            x = block(x, emb)
+        return self.exit(x)
+
+
+class Precond(nn.Module):
+    """net(x, sigma, class_labels) -> D, with EDM's preconditioning (Table 1)."""
+
+    def __init__(self, network: nn.Module, inner: str = "model", classes: int = 10, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.inner, self.label_dim, self.sigma_data = inner, classes, sigma_data
+        setattr(self, inner, network)
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        sigma = sigma.reshape(-1, 1, 1, 1).to(x.dtype)
+        v = sigma**2 + self.sigma_data**2
+        raw = getattr(self, self.inner)(x / v.sqrt(), sigma.flatten().log() / 4, class_labels)
+        return self.sigma_data**2 / v * x + sigma * self.sigma_data / v.sqrt() * raw
+
+
+def edm(adaptive_scale: bool = True) -> Precond:
+    return Precond(Network([UNetBlock(8, 6, heads, adaptive_scale) for heads in (0, 2, 1)], 8, 10))
+
+
+def edm2() -> Precond:
+    return Precond(Network([Block(8, 6, heads) for heads in (0, 2)], 8, 10), inner="unet")
