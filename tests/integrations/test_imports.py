@@ -7,7 +7,8 @@ import sys
 
 CODE = """
 import sys
-import fastdiff_kernels, fastdiff_kernels.integrations, fastdiff_kernels.diffusion, fastdiff_kernels.nn
+import fastdiff_kernels.nn, fastdiff_kernels.diffusion
+from fastdiff_kernels.integrations import comfyui, dit, edm, k_diffusion
 assert not {"diffusers", "timm", "k_diffusion", "transformers"} & set(sys.modules)
 """
 
