@@ -18,6 +18,7 @@ from torch import Tensor
 from . import _group_norm_tiles
 from ._common import absent, compute_dtype, launch
 from ._group_norm_tiles import (
+    MOST_REGISTERS,
     Tiles,
     activate_gradient,
     addresses,
@@ -110,7 +111,7 @@ def _sums_kernel(
         normal, grad_z = _grad_z(grad, x, at, mask, means, inverse, gain, offset, SILU)
         plain += tl.sum(grad_z, 1)
         product += tl.sum(grad_z * normal, 1)
-    samples = tl.num_programs(0).to(tl.int64) // (channel_blocks * runs)
+    samples = (tl.num_programs(0) // (channel_blocks * runs)).to(tl.int64)
     if of_groups is not None:
         to = of_groups + (b * groups + g) * parts * runs + block % parts * runs + chunk
         tl.store(to, over_groups(gain * plain, own), mask=here & (g < groups))
@@ -142,7 +143,7 @@ def _elements_kernel(
     # From the last tile to the first: what the first pass read last is what a cache still has.
     b, block, tile = locate(tl.num_programs(0) - 1 - tl.program_id(0), channel_blocks, position_blocks, ROWS)
     c, present, g, here, own = channels_of(block, channels, parts, WIDTH, COUNT, CHANNELS)
-    samples = tl.num_programs(0).to(tl.int64) // (channel_blocks * position_blocks)
+    samples = (tl.num_programs(0) // (channel_blocks * position_blocks)).to(tl.int64)
     if grad_x is not None:
         at, mask = addresses(b, c, tile * POSITIONS, channels, positions, strides, present, POSITIONS)
         gain, offset = read_affine(weight, bias, scale, shift, vector_strides, b, c, present)
@@ -217,7 +218,7 @@ def gradients(
     sizes = (vector_strides(*vectors), (layout.channel_stride, layout.position_stride), channels, layout.positions, num_groups)
     constants: dict[str, Any] = {
         "SILU": activation is not None, "WIDTH": layout.width, "COUNT": tiles.group_count, "CHANNELS": tiles.channels,
-        "POSITIONS": tiles.positions, "num_warps": tiles.warps,
+        "POSITIONS": tiles.positions, "num_warps": tiles.warps, "maxnreg": MOST_REGISTERS,
     }  # fmt: skip
     if tiles.whole:
         launch(_whole_kernel, batch * tiles.channel_blocks, *read_in, *written, *sizes, tiles.channel_blocks, **constants)

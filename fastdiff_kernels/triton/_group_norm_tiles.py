@@ -17,6 +17,8 @@ from ._common import widen
 # A group of at most so many bytes stays in the registers of one program from the first read to the last write; half as many in backward,
 # which holds two operands, and half where the vectors of many channels take registers too.
 _WHOLE = 32768
+# Left to itself, ptxas spills a little here and there to fit more programs on a multiprocessor.
+MOST_REGISTERS = 128
 # Elements of a tile of a larger group, and of a small tile that takes several groups.
 _PART = 4096
 _FEW = 512
@@ -95,7 +97,7 @@ def tiles_of(layout: Layout, itemsize: int, operands: int) -> Tiles:
     limit = _PART // max(1, itemsize // 4)
     if rows:
         block, count = _block_of_rows(layout, itemsize)
-        positions_block = min(positions_block, limit // block)
+        positions_block = min(positions_block, limit // operands // block)
     else:
         positions_block = _fullest(positions, min(positions_block, limit // min(block, 2)), 4)
         block, count = _fullest(width, min(block, limit // positions_block), 2), 1
@@ -106,7 +108,7 @@ def tiles_of(layout: Layout, itemsize: int, operands: int) -> Tiles:
     run = triton.cdiv(position_blocks, chunks)
     # Fewer warps to a tile leave room for more tiles, whose reads and writes then overlap; but a second operand and the vectors of many
     # channels need the registers of more warps.
-    warps = _warps(block * positions_block // (1 if rows or operands > 1 else 2))
+    warps = _warps(block * positions_block * operands // (1 if rows else 2))
     return Tiles(False, count, block, positions_block, parts, channel_blocks, position_blocks, run, warps)
 
 

@@ -16,7 +16,19 @@ from torch import Tensor
 
 from ._common import compute_dtype, launch
 from ._group_norm_backward import gradients, terms_at_once, vector_strides
-from ._group_norm_tiles import activate, addresses, channels_of, layout_of, locate, of_channels, over_groups, read, read_affine, tiles_of
+from ._group_norm_tiles import (
+    MOST_REGISTERS,
+    activate,
+    addresses,
+    channels_of,
+    layout_of,
+    locate,
+    of_channels,
+    over_groups,
+    read,
+    read_affine,
+    tiles_of,
+)
 
 
 @triton.jit
@@ -83,7 +95,7 @@ def _moments_kernel(
         mean = total
     terms = parts * runs
     to = partial + (b * groups + g) * terms + block % parts * runs + chunk
-    plane = tl.num_programs(0).to(tl.int64) // (channel_blocks * runs) * groups * terms
+    plane = (tl.num_programs(0) // (channel_blocks * runs)).to(tl.int64) * groups * terms
     mask = here & (g < groups)
     tl.store(to, count, mask=mask)
     tl.store(to + plane, mean, mask=mask)
@@ -93,7 +105,7 @@ def _moments_kernel(
 
 @triton.jit
 def _put_together(partial, plane, b, g, here, groups, terms, EPS: tl.constexpr, TERMS: tl.constexpr):
-    """Mean, as a sum of two numbers, and inverse deviation of groups from the moments of their parts."""
+    """Mean and inverse deviation of groups from the moments of their parts."""
     row = partial + ((b * groups + g) * terms)[:, None]
     there = (here & (g < groups))[:, None]
     pivot = tl.load(row + plane, mask=there, other=0.0)
@@ -113,7 +125,7 @@ def _put_together(partial, plane, b, g, here, groups, terms, EPS: tl.constexpr, 
         mask = there & (i < terms)
         step = _distance(row + plane + i, plane, pivot, mask) - rest[:, None]
         squares += tl.load(row + 3 * plane + i, mask=mask, other=0.0) + step * step * tl.load(row + i, mask=mask, other=0.0)
-    return tl.sum(pivot, 1), rest, tl.rsqrt(tl.sum(squares, 1) / count + EPS)
+    return tl.sum(pivot, 1) + rest, tl.rsqrt(tl.sum(squares, 1) / count + EPS)
 
 
 @triton.jit
@@ -135,12 +147,11 @@ def _normalise_kernel(
     at, mask = addresses(b, c, tile * POSITIONS, channels, positions, strides, present, POSITIONS)
     elements = read(x, at, mask)
     gain, offset = read_affine(weight, bias, scale, shift, vector_strides, b, c, present)
-    plane = tl.num_programs(0).to(tl.int64) // (channel_blocks * position_blocks) * groups * terms
-    mean, rest, inverse_deviation = _put_together(partial, plane, b, g, here, groups, terms, EPS, TERMS)
+    plane = (tl.num_programs(0) // (channel_blocks * position_blocks)).to(tl.int64) * groups * terms
+    mean, inverse_deviation = _put_together(partial, plane, b, g, here, groups, terms, EPS, TERMS)
     if (block % parts == 0) & (tile == 0):
-        _put_statistics(mean_out, inverse_out, mean + rest, inverse_deviation, b, g, here, groups)
-    centred = (elements - of_channels(mean, own)[:, None]) - of_channels(rest, own)[:, None]
-    z = centred * (of_channels(inverse_deviation, own) * gain)[:, None] + offset[:, None]
+        _put_statistics(mean_out, inverse_out, mean, inverse_deviation, b, g, here, groups)
+    z = (elements - of_channels(mean, own)[:, None]) * (of_channels(inverse_deviation, own) * gain)[:, None] + offset[:, None]
     tl.store(y + at, activate(z, SILU), mask=mask)
 
 
@@ -161,7 +172,7 @@ def group_norm_silu(
     extent = (layout.channels, layout.positions, num_groups, tiles.channel_blocks)
     constants: dict[str, Any] = {
         "WIDTH": layout.width, "COUNT": tiles.group_count, "CHANNELS": tiles.channels, "POSITIONS": tiles.positions,
-        "num_warps": tiles.warps,
+        "num_warps": tiles.warps, "maxnreg": MOST_REGISTERS,
     }  # fmt: skip
     written = (y, mean, inverse_deviation, vector_strides(*vectors), strides, *extent)
     silu = activation is not None
