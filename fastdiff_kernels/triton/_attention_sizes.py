@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._attention_tiles import interpreting, pieces
-from ._common import capability
+from ._attention_tiles import pieces
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,12 @@ class Sizes:
     keys: int
     warps: int
     stages: int
-    separate: bool = False
-    """Whether the gradients of keys and of values are made by two launches, since their sums together fill the registers."""
 
 
 # GPUs with 227 KiB of shared memory multiply by warp groups or in tensor memory; the others have 99 KiB at least.
 _LARGE = (90, 100, 103)
 
-# Queries, keys, warps and stages (and `separate`) by kernel, one entry for each width, padding included, that it goes up to.
+# Queries, keys, warps and stages by kernel, one entry for each width, padding included, that it goes up to.
 _Table = dict[str, tuple[tuple[int, ...], ...]]
 _WIDTHS = (32, 64, 96, 128, 192, 256)
 
@@ -39,13 +36,13 @@ _NARROW_LARGE: _Table = {
     "forward": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
     "forward, long": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
     "queries": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-    "keys": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2, True)),
-    "dual": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (16, 32, 4, 2), (32, 16, 8, 2)),
+    "keys": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+    "dual": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2), (32, 16, 8, 2)),
 }  # fmt: skip
 
 _NARROW_SMALL: _Table = {
     "forward": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
-    "queries": ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
+    "queries": ((64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
     "keys": ((64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2), (32, 64, 8, 2), (16, 32, 8, 2), (32, 32, 8, 1)),
     "dual": ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2), (32, 16, 8, 2)),
 }  # fmt: skip
@@ -59,17 +56,24 @@ _WIDE: _Table = {
 }  # fmt: skip
 
 LONG = 1024
+# Stands for a GPU's capability in Triton's interpreter.
+INTERPRETER = 0
 
 
-def sizes(kernel: str, q: Tensor) -> Sizes:
-    """The row for a kernel, "forward", "queries", "keys" or "dual", at q's width and dtype on its GPU."""
-    if interpreting():
-        # Every block costs the interpreter about the same; these are large enough for it, and small enough to need several.
+def separate(q: Tensor, gpu: int) -> bool:
+    """Whether the gradients of keys and of values are made by two launches: their sums together fill a warp group's registers."""
+    return q.shape[3] > 192 and q.dtype != torch.float32 and gpu in _LARGE
+
+
+def sizes(kernel: str, q: Tensor, gpu: int) -> Sizes:
+    """The row for a kernel, "forward", "queries", "keys" or "dual", at q's width and dtype on a GPU by its capability."""
+    if gpu == INTERPRETER:
+        # Every block costs it about the same; these are large enough for that, and small enough to need several.
         return Sizes(64, 32, 4, 2)
     width = sum(pieces(q.shape[3]))
     column = next(i for i, limit in enumerate(_WIDTHS) if width <= limit)
     if q.dtype == torch.float32:
         return Sizes(*_WIDE[kernel][column])
-    large = capability(q) in _LARGE
+    large = gpu in _LARGE
     long = large and kernel == "forward" and q.shape[1] >= LONG
     return Sizes(*(_NARROW_LARGE if large else _NARROW_SMALL)["forward, long" if long else kernel][column])

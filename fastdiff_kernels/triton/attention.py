@@ -6,6 +6,7 @@ float64 is left to the definition: it has no use in a network, and a kernel of i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -14,12 +15,12 @@ from torch import Tensor
 from ._attention_backward import key_kernel, query_kernel
 from ._attention_dual import dual_kernel
 from ._attention_forward import forward_kernel
-from ._attention_sizes import Sizes, sizes
-from ._attention_tiles import arithmetic, pieces, strides, unit
-from ._common import absent, launch
+from ._attention_sizes import INTERPRETER, Sizes, separate, sizes
+from ._attention_tiles import arithmetic, interpreting, pieces, strides, unit
+from ._common import absent, capability, launch
 
 
-def _constants(q: Tensor, unit: int, s: Sizes, even: bool) -> dict[str, object]:
+def _constants(q: Tensor, unit: int, s: Sizes, even: bool) -> dict[str, Any]:
     """What every kernel is compiled for; `even` where its loop has whole blocks alone."""
     head, tail = pieces(q.shape[3])
     return {
@@ -43,6 +44,10 @@ def _whole_blocks(k: Tensor, key_lengths: Tensor | None, s: Sizes) -> bool:
     return key_lengths is None and k.shape[1] % s.keys == 0
 
 
+def _gpu(q: Tensor) -> int:
+    return INTERPRETER if interpreting() else capability(q)
+
+
 def _per_query(q: Tensor) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
@@ -53,7 +58,7 @@ def _programs(x: Tensor, rows: int) -> int:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     out, lse = q.new_empty(q.shape), _per_query(q)
-    step, s = unit(q, k, v, out), sizes("forward", q)
+    step, s = unit(q, k, v, out), sizes("forward", q, _gpu(q))
     launch(
         forward_kernel, _programs(q, s.queries), q, k, v, key_lengths, out, lse, *(strides(x, step) for x in (q, k, v, out)),
         scale, q.shape[1], k.shape[1], q.shape[2], NEGATIVE=scale < 0, **_constants(q, step, s, _whole_blocks(k, key_lengths, s)),
@@ -70,23 +75,24 @@ def attention_backward(
     lse, delta = lse.contiguous(), _per_query(q)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     step = unit(grad, q, k, v, output, *(g for g in (grad_q, grad_k, grad_v) if g is not None))
-    s, numbers = sizes("queries", q), (scale, q.shape[1], k.shape[1], q.shape[2])
+    s, numbers = sizes("queries", q, _gpu(q)), (scale, q.shape[1], k.shape[1], q.shape[2])
     written = grad_q if grad_q is not None else output
     launch(
         query_kernel, _programs(q, s.queries), grad, grad_lse, q, k, v, key_lengths, output, lse, delta, grad_q,
         *(strides(x, step) for x in (grad, q, k, v, output, written)), *numbers, **_constants(q, step, s, _whole_blocks(k, key_lengths, s)),
     )  # fmt: skip
-    s = sizes("keys", q)
-    for to_k, to_v in ((grad_k, None), (None, grad_v)) if s.separate else ((grad_k, grad_v),):
-        if to_k is None and to_v is None:
+    s = sizes("keys", q, _gpu(q))
+    for to_k, to_v in ((grad_k, None), (None, grad_v)) if separate(q, _gpu(q)) else ((grad_k, grad_v),):
+        like = to_v if to_k is None else to_k
+        if like is None:
             continue
-        written = to_v if to_k is None else to_k
         launch(
             key_kernel, _programs(k, s.keys), grad, q, k, v, key_lengths, lse, delta, to_k, to_v,
-            *(strides(x, step) for x in (grad, q, k, v, written)), *numbers,
+            *(strides(x, step) for x in (grad, q, k, v, like)), *numbers,
             **_constants(q, step, s, q.shape[1] % s.queries == 0),
         )  # fmt: skip
-    return tuple(absent(q) if g is None else g for g in (grad_q, grad_k, grad_v))
+    q_result, k_result, v_result = (absent(q) if g is None else g for g in (grad_q, grad_k, grad_v))
+    return q_result, k_result, v_result
 
 
 def attention_dual(
@@ -94,7 +100,7 @@ def attention_dual(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, lse, t_out, t_lse = q.new_empty(q.shape), _per_query(q), q.new_empty(q.shape), _per_query(q)
     tangents = tuple(x if t is None else t for t, x in ((t_q, q), (t_k, k), (t_v, v)))
-    step, s = unit(q, k, v, *tangents, out), sizes("dual", q)
+    step, s = unit(q, k, v, *tangents, out), sizes("dual", q, _gpu(q))
     launch(
         dual_kernel, _programs(q, s.queries), q, k, v, key_lengths, t_q, t_k, t_v, out, lse, t_out, t_lse,
         *(strides(x, step) for x in (q, k, v, *tangents, out)), scale, q.shape[1], k.shape[1], q.shape[2],
