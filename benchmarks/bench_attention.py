@@ -1,15 +1,24 @@
-"""Attention at the shapes of a small network on 8x8 images and of DiT-XL/2 on 256 tokens, beside PyTorch's own."""
+"""Attention and its forward mode at the shapes of networks, from one projection, beside PyTorch's own."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.harness import forward_backward
+from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
+from fastdiff_kernels._registry import OPS
 
-SHAPES = ((128, 64, 4, 16), (128, 16, 4, 32), (4, 256, 16, 72))
+# Batch, queries, heads, width.
+NETWORKS = {
+    "EDM-16": (16, 256, 1, 256),
+    "EDM-8": (16, 64, 1, 256),
+    "ADM-32": (1, 1024, 6, 64),
+    "EDM2-XS": (16, 256, 6, 64),
+    "DiT-XL/2": (4, 256, 16, 72),
+    "PixArt-512": (1, 1024, 16, 72),
+    "SD1.5-32": (1, 1024, 8, 80),
+}
 
 
 def eager(packed):
@@ -25,17 +34,41 @@ def ours(packed):
     return ops.attention(*packed.unbind(2))
 
 
-@pytest.mark.parametrize("mode", ["forward", "fwd+bwd"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention(compare, shape, mode):
+def flops(packed):
+    q, k, v = packed.unbind(2)
+    return OPS["attention"].flops(q, k, v)
+
+
+def tangent_of_eager(packed, t_packed):
+    return torch.func.jvp(eager, (packed,), (t_packed,))
+
+
+def both(packed, t_packed):
+    output, _, t_output, _ = ops.attention_dual(*packed.unbind(2), *t_packed.unbind(2))
+    return output, t_output
+
+
+def attention_workload(network, shape):
     batch, rows, heads, width = shape
-    packed, upstream = torch.randn(batch, rows, 3, heads, width), torch.randn(shape)
-    fns = {"eager": eager, "compile": torch.compile(eager, dynamic=False), "sdpa": sdpa, "ours": ours}
-    exact = packed.double()
-    if mode == "forward":
-        variants, truth = {name: lambda fn=fn: fn(packed) for name, fn in fns.items()}, (eager(exact),)
-    else:
-        packed.requires_grad_()
-        variants = {name: forward_backward(fn, [packed], [upstream]) for name, fn in fns.items()}
-        truth = forward_backward(eager, [exact.requires_grad_()], [upstream.double()])()
-    compare(f"attention {shape}", mode, variants, truth, factor=4.0)
+    return Workload(
+        "attention", network, shape, lambda: [torch.randn(batch, rows, 3, heads, width)], eager, ours, gradients=(0,),
+        rivals={"sdpa": sdpa}, flops=flops, backward_flops=2.5, factor=4.0,
+    )  # fmt: skip
+
+
+def dual_workload(network, shape):
+    batch, rows, heads, width = shape
+    return Workload(
+        "attention_dual", network, shape, lambda: [torch.randn(batch, rows, 3, heads, width) for _ in range(2)],
+        tangent_of_eager, both, flops=lambda packed, _: 3 * flops(packed), factor=4.0, compiled=False,
+    )  # fmt: skip
+
+
+WORKLOADS = [
+    *(attention_workload(network, shape) for network, shape in NETWORKS.items()),
+    dual_workload("DiT-XL/2", NETWORKS["DiT-XL/2"]),
+]
+
+
+def test_speed(case, measure):
+    measure(case)
