@@ -8,6 +8,7 @@ from ._backend import register_attention_backend, reset_attention_backend, set_a
 from ._denoiser import as_denoiser
 from ._patch import patch, unpatch
 from ._skip import SkipHandle, disable_adaptive_skip, enable_adaptive_skip
+from ._student import student_scheduler
 
 __all__ = [
     "Entry",
@@ -21,6 +22,7 @@ __all__ = [
     "register_attention_backend",
     "reset_attention_backend",
     "set_attention_backend",
+    "student_scheduler",
     "unpatch",
     "unregister_attention_backend",
 ]
