@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from benchmarks.harness import forward_backward
 from fastdiff_kernels import ops
 
-CASES = (((128, 64, 8, 8), 8), ((16, 256, 16, 16), 32), ((2, 320, 64, 64), 32))
+CASES = (((128, 64, 8, 8), 8), ((16, 256, 16, 16), 32), ((4, 320, 64, 64), 32))
 
 
 def group_norm_silu(x, groups, weight, bias, scale, shift):
