@@ -2,8 +2,8 @@
 
 Trains a score network on scikit-learn's 8 x 8 digits, then samples with 50 steps of Euler, DDIM and DPM-Solver++(2M) on a grid uniform in
 time (Stable Diffusion's) and on Karras', and compares at equal network calls, in PSNR against the full trajectory: AdaptiveDiffusion's rule
-with reuse="hold" and "extrapolate", evenly spread calls with either, and plainly fewer steps. Writes a table and a picture, whose last row
-says why: what the rule looks at, and what it costs to reuse a prediction, step by step.
+with reuse="hold" and "extrapolate", the latter also with at most 2 reuses in a row and with space="noise", evenly spread calls, and plainly
+fewer steps. Writes a table and a picture, whose last row says why: what the rule looks at, and what it costs to reuse a prediction.
 
     python examples/skip_reuse.py [--fast] [--out FOLDER]
 """
@@ -36,6 +36,8 @@ GRIDS: dict[str, Callable[[int], Schedule]] = {
 # The solver, and the space its pipelines hold their latents in, where the rule takes its differences.
 SOLVERS = {"Euler": ("euler", "ve"), "DDIM": ("ddim", "vp"), "DPM++(2M)": ("dpmpp_2m", "vp")}
 METHODS = {
+    "by noise, at most 2": ("#1a936f", "s", "-"),
+    "adaptive, at most 2": ("#c1121f", "s", ":"),
     "adaptive, extrapolate": ("#c1121f", "o", "-"),
     "adaptive, hold": ("#2563eb", "o", "-"),
     "even, extrapolate": ("#ea7317", "", "--"),
@@ -107,10 +109,14 @@ class Comparison:
 
     def curves(self, thresholds: list[float], budgets: tuple[int, ...]) -> Iterator[tuple[str, Curve]]:
         """A curve a method: adaptive by threshold, the others by how many calls they are given."""
-        for reuse in ("extrapolate", "hold"):
-            rules = [AdaptiveSkip(t, reuse=reuse, space=self.space) for t in thresholds]
+        for name, rules in {
+            "by noise, at most 2": [AdaptiveSkip(t / 100, 2, reuse="extrapolate", space="noise") for t in thresholds],
+            "adaptive, at most 2": [AdaptiveSkip(t, 2, reuse="extrapolate", space=self.space) for t in thresholds],
+            "adaptive, extrapolate": [AdaptiveSkip(t, reuse="extrapolate", space=self.space) for t in thresholds],
+            "adaptive, hold": [AdaptiveSkip(t, reuse="hold", space=self.space) for t in thresholds],
+        }.items():
             judged = (self._judge(STEPS, rule) for rule in rules)
-            yield f"adaptive, {reuse}", {calls: quality for calls, quality in judged if calls < STEPS}
+            yield name, {calls: quality for calls, quality in judged if calls < STEPS}
         for reuse in ("extrapolate", "hold"):
             even = {n: EvenSkip(every=1, reuse=reuse, calls=n, steps=STEPS) for n in budgets}
             yield f"even, {reuse}", {n: self._judge(STEPS, rule)[1] for n, rule in even.items()}

@@ -44,7 +44,10 @@ class AdaptiveSkip:
             decision holds for the batch.
         reuse: "hold" repeats the last noise prediction; "extrapolate" continues the last two linearly in the solver's own variable
             (sigma; for dpmpp_2m -ln sigma).
-        space: differences are taken of x ("ve") or of x / sqrt(1 + sigma^2) ("vp").
+        space: differences are taken of x ("ve") or of x / sqrt(1 + sigma^2) ("vp"). Or, beyond the paper, "noise": with the mean noise
+            n_k = d_k / h_k over a step of length h_k in sigma, reuse iff h_k |(n_k + n_{k-2}) / 2 - n_{k-1}| <= threshold n_{k-1}. What
+            the grid does to the lengths of steps is out of it, so that with reuse="extrapolate" it measures how far a computed prediction
+            fell from the line, and threshold is the error of x tolerated for it. For mode "official" alone.
 
     The state starts afresh with each trajectory, lies beside the latents and does not grow with the steps: `ops.solver_step` decides in
     the pass that makes the step, in float64. On a GPU its few numbers travel to the host by an asynchronous copy, and the host waits for
@@ -71,7 +74,9 @@ class AdaptiveSkip:
             raise TypeError(f"per_sample must be a bool, got {type(self.per_sample).__name__}")
         check_choice(self.mode, "mode", ("official", "tensor"))
         check_choice(self.reuse, "reuse", ("hold", "extrapolate"))
-        check_choice(self.space, "space", ("ve", "vp"))
+        check_choice(self.space, "space", ("ve", "vp", "noise"))
+        if self.space == "noise" and self.mode != "official":
+            raise ValueError(f"space 'noise' needs mode 'official', got {self.mode!r}")
 
     @property
     def first_decision(self) -> int:

@@ -158,12 +158,14 @@ class _OfDevice(_Decisions):
 
     def arguments(self, x: Tensor, sigma: float, sigma_next: float) -> dict[str, Any]:
         rule = self.rule
-        levels = [sigma_next, sigma, *(level for _, level in self.before)]
+        threshold, levels = rule.threshold, [sigma_next, sigma, *(level for _, level in self.before)]
         scales = [1 / math.sqrt(1 + level**2) if rule.space == "vp" else 1.0 for level in levels]
+        if rule.space == "noise":
+            scales, threshold = [1 / (sigma - sigma_next)] * 2, rule.threshold / (sigma - sigma_next)
         return {
             "state": self.state,
             "mode": rule.mode,
-            "threshold": rule.threshold,
+            "threshold": threshold,
             "max_skip": rule.max_skip,
             "before": (self.before[0][0], self.before[1][0]) if len(self.before) == 2 else None,
             "scales": [*scales, 1.0, 1.0][:4],

@@ -169,6 +169,29 @@ def test_geometric_changes_pass_between_two_ratios(threshold: float, side: int) 
         assert result.nfe == calls
 
 
+@pytest.mark.parametrize("schedule", [Schedule.karras(40, 0.05, 40.0), Schedule.scaled_linear(40)], ids=["karras", "uniform"])
+def test_space_noise_takes_the_grid_out_of_the_rule(schedule: Schedule) -> None:
+    """A prediction that is constant, or on a line that is continued, passes on every grid; one that bends is judged by its mean."""
+    levels, rule = schedule.sigmas.tolist(), AdaptiveSkip(1e-6, space="noise", reuse="extrapolate")
+    noise = torch.randn(2, 8, dtype=torch.float64)
+    assert sample(CONSTANT, noise, schedule, solver="euler", skip=rule).skipped.sum() == 40 - 11
+    lengths = [high - low for high, low in pairwise(levels)]
+
+    def bent(sigma: Tensor) -> Tensor:
+        return 0.4 + 0.3 * torch.tanh(sigma.log())
+
+    result = sample(given_noise(bent), noise, schedule, solver="euler", skip=AdaptiveSkip(2e-3, 2, space="noise"))
+    n, mask, reused, cached = {}, [], [], 0.0
+    for k, (sigma, h) in enumerate(zip(levels, lengths, strict=False)):
+        reused.append(k > 3 and not mask[-1])
+        n[k + 1] = cached = cached if reused[-1] else float(bent(torch.tensor(sigma, dtype=torch.float64)))
+        if k >= 3:
+            passes = h * abs((n[k + 1] + n[k - 1]) / 2 - n[k]) <= 2e-3 * n[k]
+            mask.append((len(mask) > 4 and not any(mask[-2:])) or not passes)
+    assert result.skipped.tolist() == reused
+    assert 0 < sum(reused) < 36
+
+
 def official_along(denoiser: Callable[..., Tensor], x: Tensor, levels: list[float], threshold: float, max_skip: int) -> list[bool]:
     """AdaptiveDiffusion with Euler steps, as its index semantics read: lists, and the means of plain tensors."""
     mask, d, reused = [], {}, []
@@ -381,7 +404,8 @@ def test_sixteen_bit_trajectories_stay_sixteen_bit(rule: AdaptiveSkip) -> None:
         ({"mode": "exact"}, ValueError, "mode must be one of 'official', 'tensor', got 'exact'"),
         ({"per_sample": 1}, TypeError, "per_sample must be a bool, got int"),
         ({"reuse": "drop"}, ValueError, "reuse must be one of 'hold', 'extrapolate', got 'drop'"),
-        ({"space": "vpx"}, ValueError, "space must be one of 've', 'vp', got 'vpx'"),
+        ({"space": "vpx"}, ValueError, "space must be one of 've', 'vp', 'noise', got 'vpx'"),
+        ({"space": "noise", "mode": "tensor"}, ValueError, "space 'noise' needs mode 'official', got 'tensor'"),
     ],
 )
 def test_bad_rules_are_named(arguments: dict[str, object], error: type[Exception], message: str) -> None:
