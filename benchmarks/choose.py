@@ -1,15 +1,16 @@
 """Measures, for the table of choices, whether a compiled call is faster with an op or with its definition for the compiler to fuse.
 
-    python -m benchmarks.choose [--seconds 2] [--threads 2]
+    python -m benchmarks.choose [--seconds 2] [--op attention]
 
 prints one line of CSV for each op of the blocks and each size: where the definition is faster in forward and backward together, the backend
-is "inductor". What stands around these ops in a block are matrix products and convolutions, with which neither form is fused.
+is "inductor". What stands around these ops in a block are matrix products and convolutions, with which neither form is fused. On a CPU it
+is the process's time that counts, on one thread, so that other processes disturb less.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import device_name
-from benchmarks.timing import interleave
+from benchmarks.timing import LEAST_SAMPLES, Times, interleave
 from fastdiff_kernels._registry import OPS
 from fastdiff_kernels.nn._policy import apply
 
@@ -83,10 +84,23 @@ def measure(call: Call, device: str, seconds: float) -> tuple[tuple[int, int], d
     for mode in ("forward", "fwd+bwd"):
         leaves = [t.detach().requires_grad_(mode != "forward") for t in tensors]
         runs = {policy: bind(fn, leaves) for policy, fn in fns.items()}
-        times = interleave(runs, seconds, device)
+        times = interleave(runs, seconds, device) if device == "cuda" else by_process_time(runs, seconds)
         ratios[mode] = times["never"].median / times["always"].median
     first, *rest = tensors
     return OPS[call.op].size(first, *call.constants, *rest), ratios
+
+
+def by_process_time(runs: dict[str, Callable], seconds: float) -> dict[str, Times]:
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    deadline = time.process_time() + seconds
+    while time.process_time() < deadline or len(samples["always"]) < LEAST_SAMPLES:
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            samples[name].append(time.process_time() - start)
+    return {name: Times(tuple(values)) for name, values in samples.items()}
 
 
 def bind(fn: Callable, leaves: list[Tensor]) -> Callable[[], object]:
@@ -108,12 +122,11 @@ def bind(fn: Callable, leaves: list[Tensor]) -> Callable[[], object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each call and mode")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--op", help="this op alone")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = f"{device_name(device)}; {torch.get_num_threads()} threads; torch {torch.__version__}"
+    where = f"{device_name(device)}; torch {torch.__version__}"
     for call in CALLS:
         if arguments.op in (None, call.op):
             (rows, width), ratios = measure(call, device, arguments.seconds)
