@@ -116,14 +116,11 @@ class ScoreTrainer(Recipe[Tensor]):
             centre = clean + per_sample(forward_sigma, clean) * self._randn(clean.shape)
             local_sigma = self.local_ratio * forward_sigma
         weight = 2 * sigma**4 * edm_weight(sigma, self.sigma_data)
-        perturbed = ops.lcss_perturb(centre, local_sigma, seed)
-        score = self._score(perturbed, sigma, conditioning)
-        losses = ops.lcss_loss(score, seed, local_sigma, gamma=self.gamma, weight=weight)
-        if not self.antithetic:
-            return losses
-        mirrored = self._score(2 * centre - perturbed, sigma, conditioning)
-        # <s, -xi> is <-s, xi>, so the mirrored half draws the same noise from the same seed.
-        return (losses + ops.lcss_loss(-mirrored, seed, local_sigma, gamma=self.gamma, weight=weight)) / 2
+        score = self._score(ops.lcss_perturb(centre, local_sigma, seed), sigma, conditioning)
+        mirrored = None
+        if self.antithetic:
+            mirrored = self._score(ops.lcss_perturb(centre, local_sigma, seed, mirrored=True), sigma, conditioning)
+        return ops.lcss_loss(score, seed, local_sigma, gamma=self.gamma, weight=weight, mirrored=mirrored)
 
     def _score(self, x: Tensor, sigma: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         return (self.denoiser(x, sigma, **conditioning) - x) / per_sample(sigma.square(), x)

@@ -124,8 +124,8 @@ class SIMDistiller(Recipe[int]):
         if self.distance == "l2":
             deviation = (clean - teacher).detach().abs().flatten(1).mean(1)
             weight = weight / deviation.clamp_min(1e-5)
-        gap = (fake - teacher).detach().square().mean()
-        return ops.sim_loss(fake, teacher, clean, weight=weight, c=self.c, distance=self.distance), gap
+        losses, gap = ops.sim_loss(fake, teacher, clean, weight=weight, c=self.c, distance=self.distance, return_gap=True)
+        return losses, gap.square().sum() / clean.numel()
 
     @torch.no_grad()
     def sample(self, n: int, conditioning: Mapping[str, Tensor] | None = None, *, seed: int = 0) -> Tensor:

@@ -107,7 +107,7 @@ def _preconditioning(
             raise ValueError(f"{op}: raw=True needs {name}, which is None")
         if not raw and value is not None:
             raise ValueError(f"{op}: {name} belongs to raw=True and must be None beside denoised outputs")
-    if not raw:
+    if noisy is None or c_skip is None or c_out is None:
         return None, None, None
     check_like(op, "noisy", noisy, "sample", sample)
     return noisy, per_sample(op, "c_skip", c_skip, fake), per_sample(op, "c_out", c_out, fake)

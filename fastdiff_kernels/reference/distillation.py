@@ -27,7 +27,7 @@ def sim_loss(
     dtype = compute_dtype(fake)
     fake, teacher, sample = (t.to(dtype) for t in (fake, teacher, sample))
     gap, denoised = fake - teacher, fake
-    if noisy is not None:
+    if noisy is not None and c_skip is not None and c_out is not None:
         scale = per_sample(c_out, fake)
         gap, denoised = scale * gap, per_sample(c_skip, fake) * noisy.to(dtype) + scale * fake
     product, squared = sum_per_sample(gap * (denoised - sample)), sum_per_sample(gap.square())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -30,7 +31,7 @@ def or_absent(gradients: Sequence[Tensor | None], x: Tensor) -> tuple[Tensor, ..
     return tuple(absent(x) if gradient is None else gradient for gradient in gradients)
 
 
-def launch_blocks(kernel: triton.JITFunction, x: Tensor, *args: object, **constants: object) -> None:
+def launch_blocks(kernel: triton.JITFunction, x: Tensor, *args: object, **constants: Any) -> None:
     """Runs kernel(*args, elements, blocks, BLOCK) once for every block of every sample of x."""
     if x.numel() == 0:
         return

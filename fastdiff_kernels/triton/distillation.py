@@ -145,10 +145,9 @@ def _sim_gradient_kernel(
         divisor = tl.where(squared == 0.0, 1.0, squared)
         radial = tl.where(squared == 0.0, 0.0, along * tl.load(projection + sample) / divisor)
         along = tl.where(squared == 0.0, 0.0, along / tl.sqrt(divisor))
-    of_network = along if noisy is None else own_out.to(tl.float64) * along
-    of_gap = (radial if noisy is None else own_out.to(tl.float64) * radial).to(dtype)
-    of_noisy = None if noisy is None else (-own_skip.to(tl.float64) * along).to(dtype)
-    of_error = of_network.to(dtype)
+    of_error = (along if noisy is None else tl.load(out + sample * out_stride) * along).to(dtype)
+    of_gap = (radial if noisy is None else tl.load(out + sample * out_stride) * radial).to(dtype)
+    of_noisy = None if noisy is None else (-1.0 * tl.load(skip + sample * skip_stride) * along).to(dtype)
     of_sample = along.to(dtype)
     for block in tl.static_range(BLOCKS_PER_CHUNK):
         index = begin + block * BLOCK + tl.arange(0, BLOCK)

@@ -21,8 +21,8 @@ def _launch_chunks(kernel: triton.JITFunction, x: Tensor, *args: object) -> None
         return
     elements = x.numel() // x.shape[0]
     chunks = triton.cdiv(elements, CHUNK)
-    constants = {"BLOCK": BLOCK, "BLOCKS_PER_CHUNK": BLOCKS_PER_CHUNK}
-    launch(kernel, x.shape[0] * chunks, *args, elements, chunks, num_warps=WARPS, **constants)
+    programs = x.shape[0] * chunks
+    launch(kernel, programs, *args, elements, chunks, BLOCK=BLOCK, BLOCKS_PER_CHUNK=BLOCKS_PER_CHUNK, num_warps=WARPS)
 
 
 @triton.jit
