@@ -32,25 +32,20 @@ def apply(policy: str, name: str, *args: Any, **kwargs: Any) -> Any:
             op, device and size (the op where the table has no row).
         name: of a function in `fastdiff_kernels.ops`; its first argument is a tensor.
     """
-    if torch.compiler.is_compiling() and (policy == "never" or (policy == "auto" and _left_to_the_compiler(name, args[0]))):
+    if torch.compiler.is_compiling() and (policy == "never" or (policy == "auto" and _left_to_the_compiler(name, args))):
         return _DEFINITIONS[name](*args, **kwargs)
     return getattr(ops, name)(*args, **kwargs)
 
 
-def _left_to_the_compiler(name: str, x: Tensor) -> bool:
-    rows, width = _size(name, x)
-    for (low, high), (narrow, wide), backend in _rows(name, x.device):
+def _left_to_the_compiler(name: str, args: tuple[Any, ...]) -> bool:
+    size = OPS[name].size
+    if size is None:
+        return False
+    rows, width = size(*args)
+    for (low, high), (narrow, wide), backend in _rows(name, args[0].device):
         if low <= rows <= high and narrow <= width <= wide:
             return backend == "inductor"
     return False
-
-
-def _size(name: str, x: Tensor) -> tuple[int, int]:
-    """Rows and width, as the table counts them: tokens and head dimension of attention, positions and channels of all others."""
-    if name == "attention":
-        return x.shape[1], x.shape[3]
-    width = x.shape[1] if name == "group_norm_silu" else x.shape[-1]
-    return x.numel() // max(width, 1), width
 
 
 @torch.compiler.assume_constant_result
