@@ -28,7 +28,8 @@ def student_scheduler(scheduler: Any, sigma_max: float, num_steps: int = 1) -> A
         `scheduler.init_noise_sigma` and its inputs by `scheduler.scale_model_input`, as Stable Diffusion's and ConsistencyModelPipeline do.
 
     Raises:
-        TypeError: scheduler has no alphas_cumprod. ValueError: sigma_max is outside of the table; another prediction_type; num_steps exceeds its timesteps.
+        TypeError: scheduler has no alphas_cumprod. ValueError: sigma_max is outside of the
+            table; another prediction_type; num_steps exceeds its timesteps.
     """
     check_positive(sigma_max, "sigma_max")
     check_count(num_steps, "num_steps")

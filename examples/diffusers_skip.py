@@ -1,0 +1,63 @@
+"""Adaptive skipping in a Stable Diffusion pipeline: one line, no callback, and the count of calls it saved.
+
+    python examples/diffusers_skip.py
+
+The pipeline is Stable Diffusion's own class around a small U-Net and decoder with random weights; prompts are given as embeddings. How far
+the picture moves from the one with all calls is a matter of the threshold, and printed as peak signal-to-noise ratio.
+"""
+
+from __future__ import annotations
+
+import math
+
+import diffusers
+import torch
+
+from fastdiff_kernels.integrations.diffusers import disable_adaptive_skip, enable_adaptive_skip, patch
+
+
+def pipeline() -> diffusers.StableDiffusionPipeline:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae.eval(), None, None, unet.eval(), scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def main(steps: int = 50, thresholds: tuple[float, ...] = (0.003, 0.01, 0.03)) -> dict[float, tuple[int, float]]:
+    """Calls saved and PSNR in dB, by threshold."""
+    pipe = pipeline()
+    patch(pipe)
+    prompt, nothing = torch.randn(2, 1, 12, 32, generator=torch.Generator().manual_seed(1))
+
+    def image() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(5)
+        given = {"prompt_embeds": prompt, "negative_prompt_embeds": nothing, "generator": generator, "output_type": "pt"}
+        return pipe(num_inference_steps=steps, **given).images
+
+    full, found = image(), {}
+    for threshold in thresholds:
+        handle = enable_adaptive_skip(pipe, threshold)
+        error = float((image() - full).square().mean())
+        psnr = math.inf if error == 0 else -10 * math.log10(error)
+        found[threshold] = (handle.saved, psnr)
+        print(f"threshold {threshold}: {handle.saved} of {handle.calls} calls saved, {psnr:.1f} dB from the picture with all of them")
+    disable_adaptive_skip(pipe)
+    return found
+
+
+if __name__ == "__main__":
+    main()
