@@ -262,7 +262,8 @@ _TABLE = (
     ),
     Op(
         "lcss_perturb", "score_matching", "(Tensor x, Tensor sigma, Tensor seed, int offset) -> Tensor",
-        _R.score_matching.lcss_perturb, _like_first, _ALL, differentiable=("x",), flops=_per_element(42),
+        _R.score_matching.lcss_perturb, _like_first, _ALL,
+        differentiable=("x",), passes_through=("x",), flops=_per_element(42),
     ),
     Op(
         "lcss_loss", "score_matching",
