@@ -57,8 +57,8 @@ def workload(
         gradients=tuple(range(count + len(names))),
         rivals={"ours-compiled": torch.compile(ours, dynamic=False)},
         flops=flops,
-        # A weight's gradient is a sum over all rows, and each way to compute it adds in its own order.
-        factor=8.0,
+        # The compiler sums the gradient of a bias over all rows in one chain, ten times less exactly than eager.
+        factor=32.0,
         dtypes=dtypes,
     )
 
