@@ -12,7 +12,7 @@ namespace {
 
 template <class A>
 struct ForwardRoom {
-  int64_t rows, block, width;  // of keys, of queries at a time, of a row; padded
+  int64_t rows, block, width, row;  // of keys, of queries at a time, of a row; padded
   Arena<A> arena;
   A *keys, *values, *queries, *turned, *result;
   Columns<A> columns;
@@ -21,25 +21,26 @@ struct ForwardRoom {
       : rows(padded(std::max<int64_t>(keys_, 1), kTileRows)),
         block(std::min(kQueryBlock, padded(std::max<int64_t>(q.size(1), 1), kColumns<A>))),
         width(padded(q.size(3), kColumns<A>)),
-        arena(q, 2 * rows * width + 3 * block * width + Columns<A>::size(block)),
-        keys(arena.take(rows * width)),
-        values(arena.take(rows * width)),
-        queries(arena.take(block * width)),
-        turned(arena.take(block * width)),
-        result(arena.take(block * width)),
+        row(odd_lines<A>(width)),
+        arena(q, 2 * rows * row + 2 * block * row + width * odd_lines<A>(block) + Columns<A>::size(block)),
+        keys(arena.take(rows * row)),
+        values(arena.take(rows * row)),
+        queries(arena.take(block * row)),
+        turned(arena.take(width * odd_lines<A>(block))),
+        result(arena.take(block * row)),
         columns(arena, block) {}
 };
 
 // The sums of a block of queries over all keys: of exponentials in `sum`, of values times them in `result`.
 template <class A>
 void attend(ForwardRoom<A>& room, int64_t queries, int64_t keys, int64_t width) {
-  const int64_t tiled = padded(queries, kTileRows);
+  const int64_t tiled = padded(queries, kTileRows), n = room.columns.row;
   for (int64_t k = 0; k < keys; k += kForwardKeys) {
     const int64_t count = std::min(kForwardKeys, keys - k);
-    multiply<A>({room.keys + k * room.width, room.width, 1}, room.turned, room.block, room.columns.logits, room.block, padded(count, kTileRows), width, room.block, false);
+    multiply<A>({room.keys + k * room.row, room.row, 1}, room.turned, n, room.columns.logits, n, padded(count, kTileRows), width, room.block, false);
     exponentials(room.columns, count, k == 0);
-    if (k) scale_rows(room.result, tiled, room.width, room.columns.factor);
-    multiply<A>({room.columns.logits, 1, room.block}, room.values + k * room.width, room.width, room.result, room.width, tiled, count, room.width, k > 0);
+    if (k) scale_rows(room.result, tiled, room.width, room.row, room.columns.factor);
+    multiply<A>({room.columns.logits, 1, n}, room.values + k * room.row, room.row, room.result, room.row, tiled, count, room.width, k > 0);
   }
 }
 
@@ -56,18 +57,18 @@ void forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, T* out, PerQu
       const int64_t unit = i / blocks, b = unit / q.heads, h = unit % q.heads, count = lengths[b];
       const int64_t begin = i % blocks * kQueryBlock, rows = std::min(kQueryBlock, q.rows - begin);
       if (unit != packed) {
-        k.copy(b, h, 0, count, padded(count, kTileRows), 1, room.keys, room.width);
-        v.copy(b, h, 0, count, count, 1, room.values, room.width);
+        k.copy(b, h, 0, count, padded(count, kTileRows), 1, room.keys, room.row);
+        v.copy(b, h, 0, count, count, 1, room.values, room.row);
         packed = unit;
       }
-      q.copy(b, h, begin, rows, room.block, scale, room.queries, room.width);
-      transpose(room.queries, room.block, room.width, room.width, room.turned, room.block);
+      q.copy(b, h, begin, rows, room.block, scale, room.queries, room.row);
+      transpose(room.queries, room.block, room.width, room.row, room.turned, room.columns.row);
       attend(room, rows, count, q.width);
       if (count == 0) {
-        std::fill(room.result, room.result + rows * room.width, A(0));
+        std::fill(room.result, room.result + rows * room.row, A(0));
         room.columns.forget(rows);
       }
-      write_head(out, q, b, h, begin, rows, room.result, room.width, [&](int64_t r) { return A(1) / room.columns.sum[r]; });
+      write_head(out, q, b, h, begin, rows, room.result, room.row, [&](int64_t r) { return A(1) / room.columns.sum[r]; });
       for (int64_t r = 0; r < rows; ++r) lse.head(b, h)[begin + r] = room.columns.log_sum(r);
     }
   });

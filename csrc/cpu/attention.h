@@ -13,6 +13,14 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kQueryBlock = 64;
 
+// A row of at least `width` numbers that takes an odd number of cache lines: a power of two would send the same columns of all rows to the
+// same few places of the cache.
+template <class A>
+constexpr int64_t odd_lines(int64_t width) {
+  constexpr int64_t line = 64 / int64_t{sizeof(A)};
+  return ((width + line - 1) / line | 1) * line;
+}
+
 template <class T>
 struct Heads {
   const T* data;
@@ -38,7 +46,7 @@ struct Heads {
       const T* from = head(b, h) + (first + r) * row_stride;
       Acc<T>* row = to + r * to_row;
       // The next head's rows lie far apart, where the processor's own prefetching does not look for them.
-      for (int64_t d = 0; d < width; d += 64 / int64_t{sizeof(T)}) __builtin_prefetch(from + head_stride + d);
+      for (int64_t d = 0; d < width; d += 64 / int64_t{sizeof(T)}) __builtin_prefetch(from + (heads > 1 ? head_stride : batch_stride) + d, 0, 2);
       if (stride == 1) {
         for (int64_t d = 0; d < width; ++d) row[d] = factor * load(from[d]);
       } else {
@@ -122,17 +130,18 @@ constexpr int64_t kForwardKeys = 128, kRun = 16;
 // sums shrink by as it grows.
 template <class A>
 struct Columns {
-  int64_t block;
+  int64_t block, row;
   A *logits, *largest, *sum, *factor;
 
   Columns(Arena<A>& arena, int64_t block_)
       : block(block_),
-        logits(arena.take(kForwardKeys * block)),
+        row(odd_lines<A>(block)),
+        logits(arena.take(kForwardKeys * row)),
         largest(arena.take(block)),
         sum(arena.take(block)),
         factor(arena.take(block)) {}
 
-  static int64_t size(int64_t block) { return (kForwardKeys + 3) * block; }
+  static int64_t size(int64_t block) { return kForwardKeys * odd_lines<A>(block) + 3 * block; }
 
   // As for queries that have no key.
   void forget(int64_t queries) const {
@@ -155,7 +164,7 @@ void exponentials(const Columns<A>& x, int64_t count, bool first) {
     }
     before = most;
     for (int64_t k = 0; k < count; ++k) {
-      load_lanes(x.logits + k * x.block + c, v);
+      load_lanes(x.logits + k * x.row + c, v);
       most = v > most ? v : most;
     }
     if (!first) {
@@ -168,10 +177,10 @@ void exponentials(const Columns<A>& x, int64_t count, bool first) {
     for (int64_t k = 0; k < count;) {
       Lanes<A> run{};
       for (const int64_t stop = std::min(k + kRun, count); k < stop; ++k) {
-        load_lanes(x.logits + k * x.block + c, v);
+        load_lanes(x.logits + k * x.row + c, v);
         exp_below<A>(v, most, v);
         run += v;
-        store_lanes<A>(v, x.logits + k * x.block + c);
+        store_lanes<A>(v, x.logits + k * x.row + c);
       }
       sum += run;
     }
@@ -181,11 +190,11 @@ void exponentials(const Columns<A>& x, int64_t count, bool first) {
 }
 
 template <class A>
-void scale_rows(A* x, int64_t rows, int64_t width, const A* factor) {
+void scale_rows(A* x, int64_t rows, int64_t width, int64_t row, const A* factor) {
   for (int64_t r = 0; r < rows; ++r) {
     const A f = factor[r];
 #pragma omp simd
-    for (int64_t d = 0; d < width; ++d) x[r * width + d] *= f;
+    for (int64_t d = 0; d < width; ++d) x[r * row + d] *= f;
   }
 }
 

@@ -17,7 +17,7 @@ struct Tangents {
 
 template <class A>
 struct DualRoom {
-  int64_t rows, block, width;  // of keys, of queries at a time, of a row; padded
+  int64_t rows, block, width, row;  // of keys, of queries at a time, of a row; padded
   Arena<A> arena;
   A *keys, *values, *t_keys, *t_values;
   A *queries, *turned, *t_turned, *result, *t_result;
@@ -28,18 +28,19 @@ struct DualRoom {
       : rows(padded(std::max<int64_t>(keys_, 1), kTileRows)),
         block(std::min(kQueryBlock, padded(std::max<int64_t>(q.size(1), 1), kColumns<A>))),
         width(padded(q.size(3), kColumns<A>)),
-        arena(q, 4 * rows * width + 5 * block * width + Columns<A>::size(block) + (kForwardKeys + 1) * block),
-        keys(arena.take(rows * width)),
-        values(arena.take(rows * width)),
-        t_keys(arena.take(rows * width)),
-        t_values(arena.take(rows * width)),
-        queries(arena.take(block * width)),
-        turned(arena.take(block * width)),
-        t_turned(arena.take(block * width)),
-        result(arena.take(block * width)),
-        t_result(arena.take(block * width)),
+        row(odd_lines<A>(width)),
+        arena(q, 4 * rows * row + 3 * block * row + (2 * width + kForwardKeys) * odd_lines<A>(block) + block + Columns<A>::size(block)),
+        keys(arena.take(rows * row)),
+        values(arena.take(rows * row)),
+        t_keys(arena.take(rows * row)),
+        t_values(arena.take(rows * row)),
+        queries(arena.take(block * row)),
+        turned(arena.take(width * odd_lines<A>(block))),
+        t_turned(arena.take(width * odd_lines<A>(block))),
+        result(arena.take(block * row)),
+        t_result(arena.take(block * row)),
         columns(arena, block),
-        t_logits(arena.take(kForwardKeys * block)),
+        t_logits(arena.take(kForwardKeys * columns.row)),
         t_sum(arena.take(block)) {}
 };
 
@@ -56,11 +57,11 @@ void weigh(const DualRoom<A>& room, int64_t count, bool first) {
     for (int64_t k = 0; k < count;) {
       Lanes<A> run{};
       for (const int64_t stop = std::min(k + kRun, count); k < stop; ++k) {
-        load_lanes(room.columns.logits + k * room.block + c, weight);
-        load_lanes(room.t_logits + k * room.block + c, tangent);
+        load_lanes(room.columns.logits + k * room.columns.row + c, weight);
+        load_lanes(room.t_logits + k * room.columns.row + c, tangent);
         tangent *= weight;
         run += tangent;
-        store_lanes<A>(tangent, room.t_logits + k * room.block + c);
+        store_lanes<A>(tangent, room.t_logits + k * room.columns.row + c);
       }
       sum += run;
     }
@@ -72,23 +73,23 @@ void weigh(const DualRoom<A>& room, int64_t count, bool first) {
 template <class T>
 void attend(const Tangents<T>& tangents, const DualRoom<Acc<T>>& room, int64_t queries, int64_t keys, int64_t width) {
   using A = Acc<T>;
-  const int64_t tiled = padded(queries, kTileRows), w = room.width, n = room.block;
+  const int64_t tiled = padded(queries, kTileRows), w = room.row, n = room.columns.row;
   for (int64_t k = 0; k < keys; k += kForwardKeys) {
     const int64_t count = std::min(kForwardKeys, keys - k), tiled_keys = padded(count, kTileRows);
     const bool more = k > 0;
-    multiply<A>({room.keys + k * w, w, 1}, room.turned, n, room.columns.logits, n, tiled_keys, width, n, false);
+    multiply<A>({room.keys + k * w, w, 1}, room.turned, n, room.columns.logits, n, tiled_keys, width, room.block, false);
     exponentials(room.columns, count, !more);
     if (more) {
-      scale_rows(room.result, tiled, w, room.columns.factor);
-      scale_rows(room.t_result, tiled, w, room.columns.factor);
+      scale_rows(room.result, tiled, room.width, w, room.columns.factor);
+      scale_rows(room.t_result, tiled, room.width, w, room.columns.factor);
     }
-    multiply<A>({room.columns.logits, 1, n}, room.values + k * w, w, room.result, w, tiled, count, w, more);
-    if (tangents.v) multiply<A>({room.columns.logits, 1, n}, room.t_values + k * w, w, room.t_result, w, tiled, count, w, more);
+    multiply<A>({room.columns.logits, 1, n}, room.values + k * w, w, room.result, w, tiled, count, room.width, more);
+    if (tangents.v) multiply<A>({room.columns.logits, 1, n}, room.t_values + k * w, w, room.t_result, w, tiled, count, room.width, more);
     if (!tangents.of_logits()) continue;
-    if (tangents.q) multiply<A>({room.keys + k * w, w, 1}, room.t_turned, n, room.t_logits, n, tiled_keys, width, n, false);
-    if (tangents.k) multiply<A>({room.t_keys + k * w, w, 1}, room.turned, n, room.t_logits, n, tiled_keys, width, n, bool(tangents.q));
+    if (tangents.q) multiply<A>({room.keys + k * w, w, 1}, room.t_turned, n, room.t_logits, n, tiled_keys, width, room.block, false);
+    if (tangents.k) multiply<A>({room.t_keys + k * w, w, 1}, room.turned, n, room.t_logits, n, tiled_keys, width, room.block, bool(tangents.q));
     weigh(room, count, !more);
-    multiply<A>({room.t_logits, 1, n}, room.values + k * w, w, room.t_result, w, tiled, count, w, more || tangents.v);
+    multiply<A>({room.t_logits, 1, n}, room.values + k * w, w, room.t_result, w, tiled, count, room.width, more || tangents.v);
   }
 }
 
@@ -103,7 +104,7 @@ void write_block(const DualOutputs<T>& to, const Heads<T>& q, int64_t b, int64_t
   using A = Acc<T>;
   for (int64_t r = 0; r < rows; ++r) {
     const A inverse = A(1) / room.columns.sum[r], mean = room.t_sum[r] * inverse;
-    A *result = room.result + r * room.width, *t_result = room.t_result + r * room.width;
+    A *result = room.result + r * room.row, *t_result = room.t_result + r * room.row;
 #pragma omp simd
     for (int64_t d = 0; d < q.width; ++d) {
       result[d] *= inverse;
@@ -113,8 +114,8 @@ void write_block(const DualOutputs<T>& to, const Heads<T>& q, int64_t b, int64_t
     to.t_lse.head(b, h)[begin + r] = mean;
   }
   const auto one = [](int64_t) { return A(1); };
-  write_head(to.out, q, b, h, begin, rows, room.result, room.width, one);
-  write_head(to.t_out, q, b, h, begin, rows, room.t_result, room.width, one);
+  write_head(to.out, q, b, h, begin, rows, room.result, room.row, one);
+  write_head(to.t_out, q, b, h, begin, rows, room.t_result, room.row, one);
 }
 
 template <class T>
@@ -132,23 +133,23 @@ void dual(
       const int64_t unit = i / blocks, b = unit / q.heads, h = unit % q.heads, count = lengths[b];
       const int64_t begin = i % blocks * kQueryBlock, rows = std::min(kQueryBlock, q.rows - begin);
       if (unit != packed) {
-        k.copy(b, h, 0, count, padded(count, kTileRows), 1, room.keys, room.width);
-        v.copy(b, h, 0, count, count, 1, room.values, room.width);
-        if (tangents.k) tangents.k->copy(b, h, 0, count, padded(count, kTileRows), 1, room.t_keys, room.width);
-        if (tangents.v) tangents.v->copy(b, h, 0, count, count, 1, room.t_values, room.width);
+        k.copy(b, h, 0, count, padded(count, kTileRows), 1, room.keys, room.row);
+        v.copy(b, h, 0, count, count, 1, room.values, room.row);
+        if (tangents.k) tangents.k->copy(b, h, 0, count, padded(count, kTileRows), 1, room.t_keys, room.row);
+        if (tangents.v) tangents.v->copy(b, h, 0, count, count, 1, room.t_values, room.row);
         packed = unit;
       }
-      q.copy(b, h, begin, rows, room.block, scale, room.queries, room.width);
-      transpose(room.queries, room.block, room.width, room.width, room.turned, room.block);
+      q.copy(b, h, begin, rows, room.block, scale, room.queries, room.row);
+      transpose(room.queries, room.block, room.width, room.row, room.turned, room.columns.row);
       if (tangents.q) {
-        tangents.q->copy(b, h, begin, rows, room.block, scale, room.queries, room.width);
-        transpose(room.queries, room.block, room.width, room.width, room.t_turned, room.block);
+        tangents.q->copy(b, h, begin, rows, room.block, scale, room.queries, room.row);
+        transpose(room.queries, room.block, room.width, room.row, room.t_turned, room.columns.row);
       }
       if (count == 0) {
-        std::fill(room.result, room.result + rows * room.width, A(0));
+        std::fill(room.result, room.result + rows * room.row, A(0));
         room.columns.forget(rows);
       }
-      if (count == 0 || !(tangents.v || tangents.of_logits())) std::fill(room.t_result, room.t_result + room.block * room.width, A(0));
+      if (count == 0 || !(tangents.v || tangents.of_logits())) std::fill(room.t_result, room.t_result + room.block * room.row, A(0));
       if (count == 0 || !tangents.of_logits()) std::fill(room.t_sum, room.t_sum + rows, A(0));
       attend(tangents, room, rows, count, q.width);
       write_block(to, q, b, h, begin, rows, room);
