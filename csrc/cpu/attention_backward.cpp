@@ -29,6 +29,7 @@ struct Runs {
 template <class A>
 struct BackwardRoom {
   int64_t rows, key_block, block, width;  // of queries, of keys and of queries at a time, of a row; padded
+  int64_t row, column;                     // from one row of width to the next, and from one key's queries to the next key's
   Arena<A> arena;
   A *keys, *values, *grad_k, *grad_v;                      // a block of keys
   A *queries, *grads, *turned_queries, *turned_grads;      // a block of queries
@@ -40,18 +41,20 @@ struct BackwardRoom {
         key_block(std::min(kKeyBlock, padded(std::max<int64_t>(keys_, 1), kTileRows))),
         block(std::min(kQueryBlock, padded(std::max<int64_t>(q.size(1), 1), kColumns<A>))),
         width(padded(q.size(3), kColumns<A>)),
-        arena(q, 4 * key_block * width + 4 * block * width + 2 * key_block * block + rows * (2 + (sums_queries ? width : 0))),
-        keys(arena.take(key_block * width)),
-        values(arena.take(key_block * width)),
-        grad_k(arena.take(key_block * width)),
-        grad_v(arena.take(key_block * width)),
-        queries(arena.take(block * width)),
-        grads(arena.take(block * width)),
-        turned_queries(arena.take(block * width)),
-        turned_grads(arena.take(block * width)),
-        probabilities(arena.take(key_block * block)),
-        logit_grads(arena.take(key_block * block)),
-        grad_q(arena.take(sums_queries ? rows * width : 0)),
+        row(odd_lines<A>(width)),
+        column(odd_lines<A>(block)),
+        arena(q, 4 * key_block * row + 2 * block * row + 2 * width * column + 2 * key_block * column + rows * (2 + (sums_queries ? row : 0))),
+        keys(arena.take(key_block * row)),
+        values(arena.take(key_block * row)),
+        grad_k(arena.take(key_block * row)),
+        grad_v(arena.take(key_block * row)),
+        queries(arena.take(block * row)),
+        grads(arena.take(block * row)),
+        turned_queries(arena.take(width * column)),
+        turned_grads(arena.take(width * column)),
+        probabilities(arena.take(key_block * column)),
+        logit_grads(arena.take(key_block * column)),
+        grad_q(arena.take(sums_queries ? rows * row : 0)),
         lse(arena.take(rows)),
         delta(arena.take(rows)) {}
 };
@@ -71,10 +74,10 @@ void about_queries(const Operands<T>& x, int64_t b, int64_t h, BackwardRoom<Acc<
   using A = Acc<T>;
   for (int64_t begin = 0; begin < x.q.rows; begin += room.block) {
     const int64_t rows = std::min(room.block, x.q.rows - begin);
-    x.grad.copy(b, h, begin, rows, rows, 1, room.grads, room.width);
-    x.out.copy(b, h, begin, rows, rows, 1, room.queries, room.width);
+    x.grad.copy(b, h, begin, rows, rows, 1, room.grads, room.row);
+    x.out.copy(b, h, begin, rows, rows, 1, room.queries, room.row);
     for (int64_t r = 0; r < rows; ++r) {
-      const A *g = room.grads + r * room.width, *o = room.queries + r * room.width;
+      const A *g = room.grads + r * room.row, *o = room.queries + r * room.row;
       Lanes<A> sums{}, u, v;
       for (int64_t d = 0; d < room.width; d += kLanes<A>) {
         load_lanes(g + d, u);
@@ -101,7 +104,7 @@ void probabilities_and_gradients(BackwardRoom<A>& room, int64_t count, const A* 
     load_lanes(lse + c, log_sum);
     load_lanes(delta + c, moved);
     for (int64_t k = 0; k < count; ++k) {
-      A *at = room.probabilities + k * room.block + c, *grad_at = room.logit_grads + k * room.block + c;
+      A *at = room.probabilities + k * room.column + c, *grad_at = room.logit_grads + k * room.column + c;
       load_lanes(at, p);
       load_lanes(grad_at, g);
       exp_of_nonpositive(p - log_sum, p);
@@ -116,20 +119,20 @@ template <class T>
 void one_key_block(
     const Operands<T>& x, int64_t b, int64_t h, int64_t count, bool first, BackwardRoom<Acc<T>>& room, bool want_q, bool want_k, bool want_v) {
   using A = Acc<T>;
-  const int64_t w = room.width, tiled_keys = padded(count, kTileRows);
+  const int64_t w = room.row, n = room.column, tiled_keys = padded(count, kTileRows);
   for (int64_t begin = 0; begin < x.q.rows; begin += room.block) {
     const int64_t rows = std::min(room.block, x.q.rows - begin), tiled = padded(rows, kTileRows);
     const bool more = begin > 0;
     x.q.copy(b, h, begin, rows, room.block, x.scale, room.queries, w);
     x.grad.copy(b, h, begin, rows, room.block, 1, room.grads, w);
-    transpose(room.queries, room.block, w, w, room.turned_queries, room.block);
-    transpose(room.grads, room.block, w, w, room.turned_grads, room.block);
-    multiply<A>({room.keys, w, 1}, room.turned_queries, room.block, room.probabilities, room.block, tiled_keys, x.q.width, room.block, false);
-    multiply<A>({room.values, w, 1}, room.turned_grads, room.block, room.logit_grads, room.block, tiled_keys, x.q.width, room.block, false);
+    transpose(room.queries, room.block, room.width, w, room.turned_queries, n);
+    transpose(room.grads, room.block, room.width, w, room.turned_grads, n);
+    multiply<A>({room.keys, w, 1}, room.turned_queries, n, room.probabilities, n, tiled_keys, x.q.width, room.block, false);
+    multiply<A>({room.values, w, 1}, room.turned_grads, n, room.logit_grads, n, tiled_keys, x.q.width, room.block, false);
     probabilities_and_gradients(room, count, room.lse + begin, room.delta + begin);
-    if (want_v) multiply<A>({room.probabilities, room.block, 1}, room.grads, w, room.grad_v, w, tiled_keys, rows, w, more);
-    if (want_k) multiply<A>({room.logit_grads, room.block, 1}, room.queries, w, room.grad_k, w, tiled_keys, rows, w, more);
-    if (want_q) multiply<A>({room.logit_grads, 1, room.block}, room.keys, w, room.grad_q + begin * w, w, tiled, count, w, !first);
+    if (want_v) multiply<A>({room.probabilities, n, 1}, room.grads, w, room.grad_v, w, tiled_keys, rows, room.width, more);
+    if (want_k) multiply<A>({room.logit_grads, n, 1}, room.queries, w, room.grad_k, w, tiled_keys, rows, room.width, more);
+    if (want_q) multiply<A>({room.logit_grads, 1, n}, room.keys, w, room.grad_q + begin * w, w, tiled, count, room.width, !first);
   }
 }
 
@@ -168,19 +171,19 @@ void backward(const Operands<T>& x, const Tensor& q_, T* grad_q, T* grad_k, T* g
           }
           for (int64_t k = begin; k < reached; k += kKeyBlock) {
             const int64_t count = std::min(kKeyBlock, reached - k), tiled = padded(count, kTileRows);
-            x.k.copy(b, h, k, count, tiled, 1, room.keys, room.width);
-            x.v.copy(b, h, k, count, tiled, 1, room.values, room.width);
+            x.k.copy(b, h, k, count, tiled, 1, room.keys, room.row);
+            x.v.copy(b, h, k, count, tiled, 1, room.values, room.row);
             one_key_block(x, b, h, count, k == begin, room, grad_q != nullptr, grad_k != nullptr, grad_v != nullptr);
             const auto one = [](int64_t) { return A(1); };
-            if (grad_k) write_head(grad_k, x.k, b, h, k, count, room.grad_k, room.width, one);
-            if (grad_v) write_head(grad_v, x.v, b, h, k, count, room.grad_v, room.width, one);
+            if (grad_k) write_head(grad_k, x.k, b, h, k, count, room.grad_k, room.row, one);
+            if (grad_v) write_head(grad_v, x.v, b, h, k, count, room.grad_v, room.row, one);
           }
           if (!grad_q) continue;
-          if (reached == begin) std::fill(room.grad_q, room.grad_q + room.rows * room.width, A(0));
+          if (reached == begin) std::fill(room.grad_q, room.grad_q + room.rows * room.row, A(0));
           if (shared) {
-            for (int64_t r = 0; r < x.q.rows; ++r) memcpy(share + i * size + r * x.q.width, room.grad_q + r * room.width, x.q.width * sizeof(A));
+            for (int64_t r = 0; r < x.q.rows; ++r) memcpy(share + i * size + r * x.q.width, room.grad_q + r * room.row, x.q.width * sizeof(A));
           } else {
-            write_head(grad_q, x.q, b, h, 0, x.q.rows, room.grad_q, room.width, [&](int64_t) { return x.scale; });
+            write_head(grad_q, x.q, b, h, 0, x.q.rows, room.grad_q, room.row, [&](int64_t) { return x.scale; });
           }
         }
       });
