@@ -1,0 +1,177 @@
+"""Models of diffusers end to end, patched and not: one forward of a small network of each class on a CPU, of the real widths on a GPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from benchmarks.workloads import Workload
+from fastdiff_kernels.integrations.diffusers import patch
+
+GPU = torch.cuda.is_available()
+TIMES = torch.tensor([700, 30])
+
+
+def unet() -> nn.Module:
+    channels = (128, 256, 256, 256) if GPU else (64, 128)
+    down = ("DownBlock2D", "AttnDownBlock2D", *("DownBlock2D",) * (len(channels) - 2))
+    up = (*("UpBlock2D",) * (len(channels) - 2), "AttnUpBlock2D", "UpBlock2D")
+    return diffusers.UNet2DModel(
+        sample_size=32, block_out_channels=channels, layers_per_block=2, attention_head_dim=64, down_block_types=down, up_block_types=up
+    )
+
+
+def stable_diffusion() -> nn.Module:
+    if GPU:
+        return diffusers.UNet2DConditionModel(cross_attention_dim=768)
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(64, 128),
+        layers_per_block=2,
+        cross_attention_dim=768,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def dit() -> nn.Module:
+    heads, width, layers = (16, 72, 28) if GPU else (6, 64, 4)
+    return diffusers.DiTTransformer2DModel(num_attention_heads=heads, attention_head_dim=width, num_layers=layers, sample_size=32)
+
+
+def pixart() -> nn.Module:
+    heads, layers = (16, 28) if GPU else (6, 4)
+    return diffusers.PixArtTransformer2DModel(
+        num_attention_heads=heads,
+        num_layers=layers,
+        sample_size=64 if GPU else 32,
+        cross_attention_dim=72 * heads,
+        use_additional_conditions=False,
+        caption_channels=512,
+    )
+
+
+def sd3() -> nn.Module:
+    heads, layers = (24, 24) if GPU else (6, 4)
+    return diffusers.SD3Transformer2DModel(
+        sample_size=128 if GPU else 32,
+        in_channels=16,
+        num_attention_heads=heads,
+        num_layers=layers,
+        caption_projection_dim=64 * heads,
+        joint_attention_dim=512,
+        pooled_projection_dim=256,
+        pos_embed_max_size=96,
+        qk_norm="rms_norm",
+    )
+
+
+def flux() -> nn.Module:
+    heads, double, single = (24, 4, 8) if GPU else (4, 2, 4)
+    return diffusers.FluxTransformer2DModel(
+        num_attention_heads=heads, num_layers=double, num_single_layers=single, joint_attention_dim=512, pooled_projection_dim=256
+    )
+
+
+def wan() -> nn.Module:
+    heads, layers = (12, 8) if GPU else (4, 2)
+    return diffusers.WanTransformer3DModel(num_attention_heads=heads, num_layers=layers, ffn_dim=512 * heads, text_dim=512)
+
+
+def places(size: int) -> Tensor:
+    rows, columns = torch.meshgrid(torch.arange(float(size)), torch.arange(float(size)), indexing="ij")
+    return torch.stack((torch.zeros(size**2), rows.flatten(), columns.flatten()), 1)
+
+
+# Network: how it is built, the shape of x, and the rest of its arguments.
+LATENT, TOKENS = (64, 4096) if GPU else (32, 256)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[], dict[str, Any]]]] = {
+    "UNet2DModel": (unet, (4, 3, 32, 32), lambda: {"timestep": TIMES.repeat(2)}),
+    "SD-U-Net": (stable_diffusion, (2, 4, LATENT, LATENT), lambda: {"timestep": TIMES, "encoder_hidden_states": torch.randn(2, 77, 768)}),
+    "DiT": (dit, (2, 4, 32, 32), lambda: {"timestep": TIMES, "class_labels": torch.tensor([3, 900])}),
+    "PixArt": (
+        pixart,
+        (2, 4, LATENT, LATENT),
+        lambda: {
+            "timestep": TIMES,
+            "encoder_hidden_states": torch.randn(2, 120, 512),
+            "encoder_attention_mask": (torch.arange(120) < torch.tensor([[120], [40]])).long(),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
+    ),
+    "SD3.5": (
+        sd3,
+        (2, 16, 128, 128) if GPU else (2, 16, 32, 32),
+        lambda: {"timestep": TIMES, "encoder_hidden_states": torch.randn(2, 77, 512), "pooled_projections": torch.randn(2, 256)},
+    ),
+    "Flux": (
+        flux,
+        (1, TOKENS, 64),
+        lambda: {
+            "timestep": torch.tensor([0.7]),
+            "encoder_hidden_states": torch.randn(1, 128, 512),
+            "pooled_projections": torch.randn(1, 256),
+            "guidance": torch.tensor([3.5]),
+            "img_ids": places(int(TOKENS**0.5)),
+            "txt_ids": torch.zeros(128, 3),
+        },
+    ),
+    "Wan": (
+        wan,
+        (1, 16, 21, 60, 104) if GPU else (1, 16, 4, 32, 32),
+        lambda: {"timestep": TIMES[:1], "encoder_hidden_states": torch.randn(1, 128, 512)},
+    ),
+}
+
+
+@cache
+def network(name: str, dtype: torch.dtype, patched: bool) -> Callable[[Tensor], Tensor]:
+    build, _, arguments = NETWORKS[name]
+    torch.manual_seed(0)
+    device = "cuda" if GPU else "cpu"
+    model = build().to(device, dtype).eval().requires_grad_(False)
+    rest = {key: moved(value, device, dtype) for key, value in arguments().items()}
+    if patched:
+        patch(model)
+    return lambda x: model(x, **rest, return_dict=False)[0]
+
+
+def moved(value: Any, device: str, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.copy(value)
+    wide = value.is_floating_point() and value.dim() > 1 and value.shape[-1] > 3
+    return value.to(device, dtype if wide else value.dtype)
+
+
+def provider(name: str, patched: bool, compiled: bool = False) -> Callable[[Tensor], Tensor]:
+    run: dict[torch.dtype, Callable] = {}
+
+    def call(x: Tensor) -> Tensor:
+        if not compiled:
+            return network(name, x.dtype, patched)(x)
+        if x.dtype not in run:
+            run[x.dtype] = torch.compile(network(name, x.dtype, patched), dynamic=False)
+        return run[x.dtype](x)
+
+    return call
+
+
+def workload(name: str) -> Workload:
+    shape = NETWORKS[name][1]
+    compiled = {"compile": provider(name, False, True), "ours+compile": provider(name, True, True)}
+    return Workload(
+        "diffusers", name, shape, lambda: [torch.randn(shape)], provider(name, False), provider(name, True), gradients=(0,),
+        rivals=compiled, factor=8.0, compiled=False, dtypes=(torch.float32, torch.bfloat16),
+    )  # fmt: skip
+
+
+WORKLOADS = [workload(name) for name in NETWORKS]
+
+
+def test_speed(case, measure):
+    measure(case)
