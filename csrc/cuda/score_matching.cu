@@ -132,6 +132,13 @@ struct LcssTerms {
   LcssOperands<T, Pair> operands;
   Source noise;
   int64_t elements;
+  A factor = 0, scale = 0;
+
+  // The division once for a block; inside the loop, its slow path costs registers.
+  __device__ __forceinline__ void begin(int64_t b) {
+    factor = operands.noise_factor(b);
+    scale = operands.own_weight(b);
+  }
 
   // Where gradients are wanted, they are those for an upstream gradient of 1.
   __device__ __forceinline__ void operator()(int64_t b, int64_t i, int count, A (&part)[2]) const {
@@ -143,7 +150,7 @@ struct LcssTerms {
       part[0] += (Pair ? s[j] - m[j] : s[j]) * z[j];
       part[1] += Pair ? s[j] * s[j] + m[j] * m[j] : s[j] * s[j];
     }
-    operands.write(b * elements + i, count, s, m, z, operands.noise_factor(b), operands.own_weight(b));
+    operands.write(b * elements + i, count, s, m, z, factor, scale);
   }
 };
 
