@@ -156,7 +156,7 @@ def enable_adaptive_skip(
         TypeError, ValueError: an argument of the wrong kind or out of range; a model compiled in place by `model.compile()`, whose calls
             no longer pass through its forward.
     """
-    rule = AdaptiveSkip(threshold, max_skip, mode)
+    rule = AdaptiveSkip(threshold=threshold, max_skip=max_skip, mode=mode)
     pipeline, model = _denoiser(model_or_pipeline)
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler is the pipeline's own; give one only with a model")
