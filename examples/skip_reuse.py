@@ -166,7 +166,7 @@ def picture(results: dict[tuple[str, str], dict[str, Curve]], reasons: dict[str,
         panel.set_xlabel(f"network calls, of {STEPS} steps")
     for panels in axes:
         panels[0].set_ylabel("PSNR against all steps (dB)")
-    axes[0][0].legend(fontsize=8, loc="upper left")
+    above.legend(*axes[0][0].get_legend_handles_labels(), fontsize=9, loc="outside upper center", ncols=len(METHODS))
     causes = below.subplots(1, len(GRIDS), sharey=True)
     for panel, (grid, lines) in zip(causes, reasons.items(), strict=True):
         for name, values in lines.items():
