@@ -52,7 +52,8 @@ def main(out: Path, train: int = 1500, distil: int = 400, channels: int = 32, ba
     torch.manual_seed(0)
     # The pipeline wants three channels.
     data = load_digits().images.expand(-1, 3, -1, -1).contiguous()  # [N, 3, H, W], standard deviation 0.5
-    ddpm = diffusers.DDPMScheduler()
+    # A noise prediction would have its errors multiplied by sigma.
+    ddpm = diffusers.DDPMScheduler(prediction_type="v_prediction")
     model = unet(data.shape[-1], channels)
     print(patch(model))
     trainer = ScoreTrainer(as_denoiser(model, ddpm, sigma_data=0.5), learning_rate=1e-3)
