@@ -48,12 +48,15 @@ def _choice(op: Op, device: torch.device, args: Sequence[Any]) -> _choices.Choic
 def refusal(op: Op, name: str, args: Sequence[Any]) -> str | None:
     """Why backend `name` does not run this call of op; None where it does."""
     device = next(a for a in args if isinstance(a, Tensor)).device.type
+    return unavailable(op, name, device) or (None if op.refuses is None else op.refuses(name, *args))
+
+
+def unavailable(op: Op, name: str, device: str) -> str | None:
+    """Why backend `name` runs no call of op on such a device; None where it may."""
     if name == "reference":
         return None
     if name not in op.kernels:
         return f"{op.name} has no {name} kernel"
-    if op.refuses is not None and (reason := op.refuses(name, *args)) is not None:
-        return reason
     if name == "cpu":
         return f"the tensors are on {device}" if device != "cpu" else missing_cpu_kernel(op)
     if name == "cuda":
@@ -64,9 +67,7 @@ def refusal(op: Op, name: str, args: Sequence[Any]) -> str | None:
         return None if device == "cuda" else f"the tensors are on {device}"
     if device != "cuda" and not _interpreting():
         return f"the tensors are on {device} and the Triton interpreter is off"
-    if not _triton_installed():
-        return "triton is not installed"
-    return None
+    return None if _triton_installed() else "triton is not installed"
 
 
 @functools.cache

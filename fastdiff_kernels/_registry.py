@@ -117,7 +117,7 @@ def _sample_and_batch(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _batch(x)
 
 
-def _loss_and_two_doubles(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_and_two_doubles(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return _batch(x), *(x.new_empty(x.shape[:1], dtype=torch.float64) for _ in range(2))
 
 
@@ -140,7 +140,7 @@ def _per_element(count: int, argument: int = 0) -> Callable[..., int]:
 
 
 def _attended(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, rows, heads, _ = q.shape
+    batch, rows, heads = q.shape[:3]
     return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
@@ -163,7 +163,7 @@ def _attention_flops(q: Tensor, k: Tensor, *_: Any) -> int:
     return 4 * batch * heads * rows * k.shape[1] * width
 
 
-def _solver_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _solver_step(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     state, keep = args[9], args[-2:]
     kept = tuple(x.new_empty(x.shape) if wanted else x.new_empty(0) for wanted in keep)
     return x.new_empty(x.shape), *kept, x.new_empty(0 if state is None else state.shape, dtype=torch.float64)

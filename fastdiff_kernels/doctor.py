@@ -64,11 +64,10 @@ def _gpu() -> list[str]:
 def _ops() -> list[str]:
     """For each op, the backends that would run here."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    probe = torch.empty(1, device=device)
     names = [name for name in _backends.BACKENDS if name != "reference"]
     rows = []
     for op in OPS.values():
-        available = [name for name in names if _backends.refusal(op, name, (probe,)) is None]
+        available = [name for name in names if _backends.unavailable(op, name, device) is None]
         rows.append(f"  {op.name:32} {', '.join(available) or 'its definition in PyTorch'}")
     return [f"ops on {device}:", *rows]
 
