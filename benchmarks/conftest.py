@@ -98,6 +98,8 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section(f"side by side on {device_name(DEVICE)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     terminalreporter.write_line("\n".join(session.table()))
+    for wrong in session.left_out:
+        terminalreporter.write_line(f"left out, too far from the truth: {wrong}")
     absent = [name for name in RIVAL_PACKAGES if importlib.util.find_spec(name) is None]
     terminalreporter.write_line(f"not installed here, so not compared with: {', '.join(absent) or 'nothing'}")
     if DEVICE == "cpu":

@@ -31,8 +31,8 @@ def workload(**changes) -> Workload:
 
 def test_a_wrong_kernel_gets_no_row():
     session = Session("cpu", 0.01)
-    with pytest.raises(WrongResult, match="broken: output 0"):
-        session.measure(Case(workload(), torch.float32, "forward"), {"eager": product, "broken": lambda x, y: x * y + 1e-3})
+    with pytest.raises(WrongResult, match="ours: output 0"):
+        session.measure(Case(workload(), torch.float32, "forward"), {"eager": product, "ours": lambda x, y: x * y + 1e-3})
     assert session.rows == []
 
 
@@ -49,15 +49,24 @@ def test_a_wrong_gradient_gets_no_row():
             return grad * y, grad * x / 2
 
     session = Session("cpu", 0.01)
-    with pytest.raises(WrongResult, match="broken: output 2"):
-        session.measure(Case(workload(), torch.float32, "fwd+bwd"), {"eager": product, "broken": Halved.apply})
+    with pytest.raises(WrongResult, match="ours: output 2"):
+        session.measure(Case(workload(), torch.float32, "fwd+bwd"), {"eager": product, "ours": Halved.apply})
     assert session.rows == []
 
 
 def test_a_kernel_that_returns_nan_gets_no_row():
     session = Session("cpu", 0.01)
     with pytest.raises(WrongResult):
-        session.measure(Case(workload(), torch.float32, "forward"), {"eager": product, "broken": lambda x, y: x * y * torch.nan})
+        session.measure(Case(workload(), torch.float32, "forward"), {"eager": product, "ours": lambda x, y: x * y * torch.nan})
+
+
+def test_a_wrong_rival_is_left_out_and_said_to_be(tmp_path):
+    session = Session("cpu", 0.01)
+    session.measure(Case(workload(), torch.float32, "forward"), {"eager": product, "rival": lambda x, y: x * y + 1e-3, "ours": product})
+    assert [row.provider for row in session.rows] == ["eager", "ours"]
+    assert session.rows[-1].x_best_rival is None
+    (wrong,) = session.left_out
+    assert "rival: output 0 is 1.0" in wrong
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
