@@ -5,13 +5,15 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 OUT ?= out/demo
 JOBS ?= 2
+# What the README's table shows.
+NETWORKS := DiT-XL/2 PixArt-512 EDM
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 # Idle OpenMP threads that spin take the core from the other worker.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test bench gpu wheel lint build doctor clean
+.PHONY: demo test bench tables gpu wheel lint build doctor clean
 
 demo: $(READY)
 	$(VENV)/bin/fastdiff demo --out $(OUT)
@@ -21,6 +23,10 @@ test: $(READY)
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks
+
+tables: $(READY)
+	$(VENV)/bin/fastdiff bench report benchmarks/results/rows.csv --into README.md $(NETWORKS:%=--network %)
+	$(VENV)/bin/fastdiff bench report benchmarks/results/rows.csv --into benchmarks/results/README.md
 
 # In pieces that fit ten minutes: run it again until nothing is left.
 gpu: $(READY)

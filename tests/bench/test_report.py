@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -114,5 +115,9 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     assert main(["bench", "report", str(tmp_path / "absent.csv")]) == 2
 
 
-def test_every_row_kept_here_can_be_read():
-    assert rows.read(ROOT / "benchmarks" / "results" / "rows.csv")
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/results/README.md"])
+def test_the_tables_shown_are_those_of_the_rows(name):
+    """`make tables` writes them; nobody types them."""
+    networks = re.search(r"^NETWORKS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split() if name == "README.md" else ()
+    text = (ROOT / name).read_text()
+    assert report.splice(text, report.markdown(rows.read(ROOT / "benchmarks" / "results" / "rows.csv"), networks)) == text
