@@ -163,7 +163,8 @@ def provider(name: str, patched: bool, compiled: bool = False) -> Callable[[Tens
 
 def workload(name: str) -> Workload:
     shape = NETWORKS[name][1]
-    compiled = {"compile": provider(name, False, True), "ours+compile": provider(name, True, True)}
+    # On a CPU the compiler takes minutes for a network, which is then bound by its matrix products.
+    compiled = {"compile": provider(name, False, True), "ours+compile": provider(name, True, True)} if GPU else {}
     return Workload(
         "diffusers", name, shape, lambda: [torch.randn(shape)], provider(name, False), provider(name, True), gradients=(0,),
         rivals=compiled, factor=8.0, compiled=False, dtypes=(torch.float32, torch.bfloat16),
