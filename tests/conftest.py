@@ -37,7 +37,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    # Kernels on a device can run nowhere else; the summary counts what was left out for that reason.
+    # These tests launch kernels on a device, so without one they cannot run; -ra lists each with this reason at the end.
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

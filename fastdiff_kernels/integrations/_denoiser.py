@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,27 +77,27 @@ class ModelDenoiser(nn.Module):
 Coefficients = tuple[Tensor, Tensor]
 
 
-class Parametrisation:
+class Parametrisation(ABC):
     """What a model is given for (x, sigma), and what its output o means: D = a x + b o, and EDM's F = (D - c_skip x) / c_out likewise.
 
     sigma is [B]; s stands for it, d for sigma_data, and v for s^2 + d^2.
     """
 
+    @abstractmethod
     def scale(self, s: Tensor, d: float) -> Tensor:
         """What x is multiplied by."""
-        raise NotImplementedError
 
+    @abstractmethod
     def time(self, s: Tensor) -> Tensor:
         """The model's timestep, [B]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def denoised(self, s: Tensor, d: float) -> Coefficients:
         """(a, b)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def raw(self, s: Tensor, d: float) -> Coefficients:
         """((a - c_skip) / c_out, b / c_out), the difference taken on paper."""
-        raise NotImplementedError
 
 
 class Discrete(Parametrisation):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -16,21 +17,21 @@ from ._swap import Replacement, restore, swap
 _TOLERANCE = 1e-4
 
 
-class Shape(Replacement):
+class Shape(Replacement, ABC):
     """A mixin with the forward that replaces a host's, for every class that looks like it."""
 
     parts: tuple[str, ...]
     """Attributes that a module of this shape has."""
 
     @classmethod
+    @abstractmethod
     def refusal(cls, module: Any) -> str | None:
         """Why a module with these parts is none of this shape after all, or None."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def example(cls, module: Any) -> tuple[Tensor, ...]:
         """Small float32 arguments of the module's forward."""
-        raise NotImplementedError
 
 
 @cache
