@@ -1,8 +1,8 @@
 """How many queries and keys a program of attention takes at a time, on how many warps and with how many loads in flight.
 
 An analytic table, not a measured one: the largest blocks whose sums stay in registers, with at least 64 rows to a warp group where a GPU
-multiplies by those. One row is known to spill 32 bytes: the dual kernel at a width of 96 in bfloat16 on capability 120. It asks for the width, the dtype, the GPU and, of the lengths, only for what one sample has: a
-sample's result does not depend on its batch.
+multiplies by those. One row is known to spill 32 bytes: the dual kernel at a width of 96 in bfloat16 on capability 120. The table asks for
+the width, the dtype, the GPU and, of the lengths, only for what one sample has: a sample's result does not depend on its batch.
 """
 
 from __future__ import annotations
