@@ -29,6 +29,10 @@ class Shape(Replacement, ABC):
         """Why a module with these parts is none of this shape after all, or None."""
 
     @classmethod
+    def prepare(cls, module: Any) -> None:
+        """Makes random parameters valid ones, in place, for the comparison."""
+
+    @classmethod
     @abstractmethod
     def example(cls, module: Any) -> tuple[Tensor, ...]:
         """Small float32 arguments of the module's forward."""
@@ -69,7 +73,9 @@ def _patch(name: str, module: Any, shapes: Sequence[Any]) -> Entry:
 def _difference(module: Any, shape: Any) -> str | None:
     """Both forwards on a copy with random parameters: those at zero would hide what they multiply."""
     kind: Any = type(module)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+    # Hosts may compile parts of their forward, for which a comparison is not worth waiting.
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), eager:
         torch.manual_seed(0)
         twin = copy.deepcopy(module).to(device="cpu", dtype=torch.float32).eval()
         for child in twin.modules():
@@ -79,6 +85,7 @@ def _difference(module: Any, shape: Any) -> str | None:
         for parameter in twin.parameters():
             fan = parameter[0].numel() if parameter.dim() > 1 else 4
             parameter.copy_(torch.randn(parameter.shape) / max(fan, 1) ** 0.5)
+        shape.prepare(twin)
         try:
             args = shape.example(twin)
             before: Tensor = twin(*[a.clone() for a in args])

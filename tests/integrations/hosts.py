@@ -1,4 +1,4 @@
-"""Networks as users of DiT, EDM and EDM2 have them, written from the papers; parts are named as those codebases name them."""
+"""Networks as users of DiT, EDM, EDM2 and HDiT have them, written from the papers; parts are named as those codebases name them."""
 
 from __future__ import annotations
 
@@ -213,3 +213,93 @@ def edm(adaptive_scale: bool = True) -> Precond:
 
 def edm2() -> Precond:
     return Precond(Network([Block(8, 6, heads) for heads in (0, 2)], 8, 10), inner="unet")
+
+
+class AdaRMSNorm(nn.Module):
+    """x / rms(x) (1 + W cond), of pixels [B, H, W, C]."""
+
+    def __init__(self, features: int, cond_features: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps, self.linear = eps, nn.Linear(cond_features, features, bias=False)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = (self.linear(cond)[:, None, None] + 1) * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return x * scale.to(x.dtype)
+
+
+class AxialRoPE(nn.Module):
+    """Angles [..., H, 2 pairs] of positions [..., 2], of every head its own."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        exponents = torch.linspace(math.log(math.pi), math.log(10 * math.pi), heads * dim // 4 + 1)[:-1]
+        self.register_buffer("freqs", exponents.exp().view(dim // 4, heads).t().contiguous())
+
+    def forward(self, pos: Tensor) -> Tensor:
+        rows, columns = (pos[..., None, i : i + 1] * self.freqs.to(pos.dtype) for i in range(2))
+        return torch.cat((rows, columns), -1)
+
+
+class GlobalBlock(nn.Module):
+    """HDiT's self-attention with cosine similarity (arXiv 2401.11605, section 4.1) between all pixels."""
+
+    def __init__(self, width: int, d_head: int, cond_features: int) -> None:
+        super().__init__()
+        self.d_head, self.n_heads = d_head, width // d_head
+        self.norm = AdaRMSNorm(width, cond_features)
+        self.qkv_proj, self.out_proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.scale = nn.Parameter(torch.full([self.n_heads], 10.0))
+        self.pos_emb = AxialRoPE(d_head // 2, self.n_heads)
+        self.dropout = nn.Dropout(0.0)
+
+    def mask(self, rows: int, columns: int) -> Tensor | None:
+        return None
+
+    def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        qkv = self.qkv_proj(self.norm(x, cond)).flatten(1, 2).unflatten(2, (3, self.n_heads, self.d_head))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, D]
+        theta = self.pos_emb(pos.flatten(0, 1).to(x.dtype)).transpose(0, 1)  # [H, N, D/4]
+        q, k = (self.turned(y * self.inverse_length(y), theta) for y in (q, k))
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=self.mask(*x.shape[1:3]), scale=1.0)
+        return self.out_proj(self.dropout(attended.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))) + x
+
+    def inverse_length(self, y: Tensor) -> Tensor:
+        wide = y.to(torch.promote_types(y.dtype, torch.float32))
+        lengths = torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
+        return (self.scale.to(wide.dtype).sqrt()[:, None, None] * lengths).to(y.dtype)
+
+    def turned(self, y: Tensor, theta: Tensor) -> Tensor:
+        wide = torch.promote_types(y.dtype, torch.float32)
+        quarter = self.d_head // 4
+        a, b, rest = y[..., :quarter].to(wide), y[..., quarter : 2 * quarter].to(wide), y[..., 2 * quarter :]
+        cos, sin = theta.to(wide).cos(), theta.to(wide).sin()
+        return torch.cat(((a * cos - b * sin).to(y.dtype), (b * cos + a * sin).to(y.dtype), rest), -1)
+
+
+class NeighbourhoodBlock(GlobalBlock):
+    """The same between pixels that are near."""
+
+    kernel_size = 3
+
+    def mask(self, rows: int, columns: int) -> Tensor:
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        apart = torch.maximum((y.flatten()[:, None] - y.flatten()).abs(), (x.flatten()[:, None] - x.flatten()).abs())
+        return apart <= self.kernel_size // 2
+
+
+class HDiT(nn.Module):
+    """Blocks of both kinds at one resolution: model(x, sigma)."""
+
+    def __init__(self, width: int = 32, d_head: int = 16, cond_features: int = 6) -> None:
+        super().__init__()
+        self.entry, self.exit, self.mapping = nn.Linear(3, width), nn.Linear(width, 3), nn.Linear(1, cond_features)
+        self.blocks = nn.ModuleList(kind(width, d_head, cond_features) for kind in (NeighbourhoodBlock, GlobalBlock, GlobalBlock))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        cond = self.mapping(sigma[:, None].log().to(x.dtype) / 4)
+        grid = torch.meshgrid(*(torch.linspace(-1, 1, size, dtype=x.dtype) for size in x.shape[2:]), indexing="ij")
+        pixels = self.entry(x.movedim(1, -1))
+        for block in self.blocks:
+            pixels = block(pixels, torch.stack(grid, -1), cond)
+        return self.exit(pixels).movedim(-1, 1)

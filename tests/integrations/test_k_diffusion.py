@@ -1,7 +1,8 @@
-"""k-diffusion's wrappers as denoisers, and denoisers in a loop of its kind."""
+"""k-diffusion's wrappers as denoisers, denoisers in a loop of its kind, and blocks of HDiT replaced."""
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import pairwise
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from fastdiff_kernels.diffusion import EDMPrecond, Schedule, optimize_schedule, sample
 from fastdiff_kernels.integrations import k_diffusion
+from tests.helpers import assert_bitwise, assert_within_eager
+from tests.integrations import hosts
 
 
 class Wrapper(nn.Module):
@@ -70,3 +73,79 @@ def test_what_is_no_wrapper_is_refused() -> None:
         k_diffusion.as_denoiser(sample_euler)
     with pytest.raises(ValueError, match="sigma_data must be positive"):
         k_diffusion.as_denoiser(Wrapper(), sigma_data=-1.0)
+
+
+HDIT_COUNTS = {"AdaRMSNorm": 3, "GlobalBlock": 2}
+
+
+def call(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+    return model(x.to(dtype), torch.tensor([0.3, 5.0]))
+
+
+def gradients(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    output = call(model, dtype)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(output, list(model.parameters()), upstream)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d_head", [16, 8])
+def test_patched_hdit_is_as_accurate_as_the_hosts(dtype: torch.dtype, d_head: int) -> None:
+    model = hosts.HDiT(d_head=d_head).to(dtype)
+    exact = copy.deepcopy(model).double()
+    eager = [fn(model, dtype).detach() for fn in (call, gradients)]
+    assert k_diffusion.patch(model).counts == HDIT_COUNTS
+    for fn, before in zip((call, gradients), eager, strict=True):
+        assert_within_eager(fn(model, dtype).detach(), before, fn(exact, torch.float64).detach(), factor=3.0)
+
+
+def test_unpatching_restores_hdit_and_patching_twice_is_patching_once() -> None:
+    model = hosts.HDiT()
+    before, modules, keys = call(model), [(m, type(m)) for m in model.modules()], list(model.state_dict())
+    first, second = k_diffusion.patch(model), k_diffusion.patch(model)
+    assert first.counts == second.counts == HDIT_COUNTS
+    assert list(model.state_dict()) == keys
+    assert_bitwise(call(copy.deepcopy(model)), call(model))
+    k_diffusion.unpatch(model)
+    assert all(m is n and type(m) is kind for m, (n, kind) in zip(model.modules(), modules, strict=True))
+    assert_bitwise(call(model), before)
+
+
+def test_attention_to_neighbours_is_left_and_its_norm_replaced() -> None:
+    report = k_diffusion.patch(hosts.HDiT())
+    assert [entry.reason for entry in report.left if entry.kind == "NeighbourhoodBlock"] == [
+        "it attends within a kernel_size of 3, which no op here does; its norm is replaced"
+    ]
+    assert "blocks.0.norm" in [entry.module for entry in report.replaced]
+
+
+class Squared(hosts.GlobalBlock):
+    """The parts of the block, and another similarity."""
+
+    def inverse_length(self, y: Tensor) -> Tensor:
+        return super().inverse_length(y).square()
+
+
+def test_a_block_that_looks_alike_and_computes_something_else_is_left() -> None:
+    model = hosts.HDiT()
+    model.blocks[1] = Squared(32, 16, 6)
+    report = k_diffusion.patch(model)
+    assert report.counts == {"AdaRMSNorm": 3, "GlobalBlock": 1}
+    assert "it has the parts of HDiTAttention and computes something else" in repr(report)
+
+
+def test_hdit_compiles_into_one_graph_and_keeps_its_hooks() -> None:
+    model = hosts.HDiT()
+    before, seen = call(model), []
+    model.blocks[1].norm.register_forward_hook(lambda *args: seen.append(1))
+    k_diffusion.patch(model)
+    torch.testing.assert_close(call(model), before)
+    assert seen == [1]
+    torch.testing.assert_close(call(torch.compile(model, fullgraph=True, backend="eager")), before)
+
+
+def test_what_is_no_module_is_not_patched() -> None:
+    for fn in (k_diffusion.patch, k_diffusion.unpatch):
+        with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
+            fn(3)
