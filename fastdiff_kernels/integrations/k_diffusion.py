@@ -162,8 +162,8 @@ def _turned(q: Tensor, k: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     theta = theta.float() if theta.itemsize < 4 else theta
     # Halves of heads are tokens to the op, each with angles of its own: those that stay turn by 0.
     angles = torch.stack((theta, torch.zeros_like(theta)), 2).flatten(0, 2)  # [N H 2, D/4]
-    halves = (x.reshape(x.shape[0], -1, 1, x.shape[3] // 2) for x in (q, k))
-    turned = ops.qk_norm_rope(*halves, cos=angles.cos(), sin=angles.sin(), norm=None, rope="half")
+    first, second = (x.reshape(x.shape[0], -1, 1, x.shape[3] // 2) for x in (q, k))
+    turned = ops.qk_norm_rope(first, second, None, None, angles.cos(), angles.sin(), norm=None, rope="half")
     return turned[0].view(q.shape), turned[1].view(k.shape)
 
 

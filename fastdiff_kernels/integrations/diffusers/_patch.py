@@ -15,7 +15,7 @@ from torch import nn
 
 from .._report import Entry, PatchReport
 from .._swap import Replacement, restore, swap
-from . import _norms, _processors, _resnet
+from . import _blocks, _norms, _processors, _resnet
 from ._probes import difference, swap_output, swap_resnet
 
 MODELS = (
@@ -29,16 +29,16 @@ MODELS = (
 )
 _ATTENTIONS = (Attention, FluxAttention, WanAttention)
 _HOOKED = "its forward was replaced by hooks (offloading); patch before those are added"
-_INLINE = "modulation, gates and residuals are written out in its forward"
-_BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock", "WanTransformerBlock")
+_BLOCK = "its forward is its own; the modulation, gates and residuals in it are computed by ops where its modules below are replaced"
 _NO_OP = "no op here computes it"
 
 
 def patch(model_or_pipeline: Any) -> PatchReport:
-    """Replaces attention, modulated norms and group norms of a diffusers model by this package's ops, in place.
+    """Replaces attention, modulated norms, gated residuals and group norms of a diffusers model by this package's ops, in place.
 
     Attention gets other processors (norms of q and k with the rotary embedding, and attention); norms keep their objects and get a class
-    that computes norm and modulation, or group norm and SiLU, in one op. Parameters, their names, hooks, LoRA layers, checkpointing and
+    that computes norm and modulation, or group norm and SiLU, in one op. Where a block writes out modulation, or gate and residual, its
+    norms and branches return what waits for that and is then one op. Parameters, their names, hooks, LoRA layers, checkpointing and
     the config stay as they are. Each kind of replacement is first compared with the installed diffusers on a tiny module, and left out
     where the two differ.
 
@@ -107,9 +107,14 @@ def _patch_model(prefix: str, model: Any) -> list[Entry]:
             _patch_resnet(_join(prefix, name), module, found)
     if hasattr(model, "conv_norm_out"):
         _patch_output(prefix, model, found)
+    blocks = {name: module for name, module in modules.items() if type(module) in _blocks.KINDS}
+    for name, module in blocks.items():
+        _patch_parts(_join(prefix, name), module, found)
     for name, module in modules.items():
         if id(module) not in found:
             found[id(module)] = _patch_module(_join(prefix, name), module)
+    for module in blocks.values():
+        _gate_attentions(module)
     return [_named(found[id(module)], _join(prefix, name)) for name, module in modules.items()]
 
 
@@ -134,8 +139,8 @@ def _patch_module(name: str, module: Any) -> Entry:
 
 
 def _plain_reason(module: Any) -> str:
-    if type(module).__name__ in _BLOCKS:
-        return _INLINE
+    if type(module) in _blocks.KINDS and _blocks.parts(module):
+        return _BLOCK
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm, host.RMSNorm)):
         return "computed within attention or by PyTorch; its modulation, if any, is in the block's forward"
     return _NO_OP
@@ -150,6 +155,25 @@ def _patch_attention(name: str, module: Any) -> Entry:
         return Entry(name, type(processor).__name__, reason=reason)
     module.set_processor(_processors.REPLACEMENTS[type(processor)](processor))
     return Entry(name, type(processor).__name__, replacement=type(module.processor).__name__)
+
+
+def _patch_parts(name: str, block: Any, found: dict[int, Entry]) -> None:
+    """Norms and feed-forwards of a block; attentions are patched as all others."""
+    for part, module in _blocks.parts(block).items():
+        kind: Any = type(module)
+        if kind in _ATTENTIONS or isinstance(module, Replacement):
+            continue
+        reason = _refused(module) or _blocks.refusal(module) or _difference(block)
+        if reason is None:
+            _blocks.fuse(module)
+        replacement = type(module).__name__ if reason is None else None
+        found[id(module)] = Entry(f"{name}.{part}", kind.__name__, replacement=replacement, reason=reason)
+
+
+def _gate_attentions(block: Any) -> None:
+    for module in _blocks.parts(block).values():
+        if type(module) in _ATTENTIONS and _difference(block) is None:
+            _blocks.fuse(module)
 
 
 def _patch_resnet(name: str, block: Any, found: dict[int, Entry]) -> None:

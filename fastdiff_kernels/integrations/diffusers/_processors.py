@@ -1,7 +1,7 @@
 """Attention processors: norms of q and k with the rotation, and attention, by ops; projections and the rest as diffusers does it.
 
 Each is a subclass of the processor it stands in for, and hands to it what it cannot do: masks other than key padding, another attention
-backend, context parallelism.
+backend, context parallelism. `gated` says that the block multiplies the result by a gate and adds it to its stream (see `_deferred`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from ... import ops
 from ...ops.attention import MAX_HEAD_DIM
 from .._swap import is_watched
+from ._deferred import branch
 from ._masks import key_lengths
 
 
 class FusedAttnProcessor(AttnProcessor2_0):
     """For `AttnProcessor2_0`: U-Nets, DiT, PixArt."""
+
+    gated = False
 
     def __init__(self, replaced: AttnProcessor2_0) -> None:
         super().__init__()
@@ -70,11 +73,15 @@ class FusedAttnProcessor(AttnProcessor2_0):
             hidden_states = hidden_states.transpose(-1, -2).reshape(shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor if attn.rescale_output_factor != 1 else hidden_states
+        if attn.rescale_output_factor != 1:
+            hidden_states = hidden_states / attn.rescale_output_factor
+        return branch(attn, hidden_states) if self.gated else hidden_states
 
 
 class FusedJointAttnProcessor(JointAttnProcessor2_0):
     """For `JointAttnProcessor2_0`: both streams of SD3, and the second self-attention of SD3.5."""
+
+    gated = False
 
     def __init__(self, replaced: JointAttnProcessor2_0) -> None:
         super().__init__()
@@ -99,14 +106,20 @@ class FusedJointAttnProcessor(JointAttnProcessor2_0):
             query, key, value = torch.cat((query, query2), 1), torch.cat((key, key2), 1), torch.cat((value, value2), 1)
         attended = attend(query, key, value)
         hidden_states = attn.to_out[1](attn.to_out[0](attended[:, :tokens]))
+        hidden_states = branch(attn, hidden_states) if self.gated else hidden_states
         if encoder_hidden_states is None:
             return hidden_states
         context = attended[:, tokens:]
-        return hidden_states, context if attn.context_pre_only else attn.to_add_out(context)
+        if attn.context_pre_only:
+            return hidden_states, context
+        context = attn.to_add_out(context)
+        return hidden_states, branch(attn, context) if self.gated else context
 
 
 class FusedFluxAttnProcessor(FluxAttnProcessor):
     """For `FluxAttnProcessor`: blocks of one and of two streams."""
+
+    gated = False
 
     def __init__(self, replaced: FluxAttnProcessor) -> None:
         super().__init__()
@@ -142,11 +155,14 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
             return attended
         text = encoder_hidden_states.shape[1]
         image = attn.to_out[1](attn.to_out[0](attended[:, text:].contiguous()))
-        return image, attn.to_add_out(attended[:, :text].contiguous())
+        context = attn.to_add_out(attended[:, :text].contiguous())
+        return (branch(attn, image), branch(attn, context)) if self.gated else (image, context)
 
 
 class FusedWanAttnProcessor(WanAttnProcessor):
     """For `WanAttnProcessor`: self-attention with rotation, cross-attention to text and, in image-to-video, to the image."""
+
+    gated = False
 
     def __init__(self, replaced: WanAttnProcessor) -> None:
         super().__init__()
@@ -177,8 +193,8 @@ class FusedWanAttnProcessor(WanAttnProcessor):
             parts = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         query, key, value = (part.unflatten(2, (attn.heads, -1)) for part in parts)  # [B, N, H, D]
         query, key = normed(attn.norm_q, attn.norm_k, query, key, cos, sin)
-        hidden_states = attend(query, key, value)
-        return attn.to_out[1](attn.to_out[0](hidden_states))
+        hidden_states = attn.to_out[1](attn.to_out[0](attend(query, key, value)))
+        return branch(attn, hidden_states) if self.gated else hidden_states
 
 
 REPLACEMENTS: dict[type, type] = {
