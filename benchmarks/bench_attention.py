@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
+from benchmarks import rivals
 from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
 from fastdiff_kernels._registry import OPS
@@ -24,10 +24,6 @@ NETWORKS = {
 def eager(packed):
     q, k, v = (t.transpose(1, 2) for t in packed.unbind(2))
     return (torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v).transpose(1, 2)
-
-
-def sdpa(packed):
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in packed.unbind(2))).transpose(1, 2)
 
 
 def ours(packed):
@@ -52,7 +48,7 @@ def attention_workload(network, shape):
     batch, rows, heads, width = shape
     return Workload(
         "attention", network, shape, lambda: [torch.randn(batch, rows, 3, heads, width)], eager, ours, gradients=(0,),
-        rivals={"sdpa": sdpa}, flops=flops, backward_flops=2.5, factor=4.0,
+        **rivals.attention(lambda packed: packed.unbind(2)), flops=flops, backward_flops=2.5, factor=4.0,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from benchmarks import rivals
 from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
 
@@ -29,6 +30,13 @@ def workload(network: str, channels_last: bool, modulated: bool) -> Workload:
     def ours(x, *parameters):
         return ops.group_norm_silu(x, groups, *parameters)
 
+    def composed(norm):
+        def run(x, weight, bias, scale=None, shift=None):
+            y = norm(x, groups, weight, bias, 1e-5)
+            return F.silu(y if scale is None else y * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+
+        return run
+
     return Workload(
         "group_norm_silu" + ("" if modulated else ", plain"),
         network,
@@ -39,6 +47,7 @@ def workload(network: str, channels_last: bool, modulated: bool) -> Workload:
         gradients=tuple(range(5 if modulated else 3)),
         # Inductor sums the parameters' gradients over the positions less exactly than eager does.
         factor=8.0,
+        **rivals.of("group_norm", composed),
     )
 
 

@@ -167,7 +167,8 @@ def workload(name: str) -> Workload:
     compiled = {"compile": provider(name, False, True), "ours+compile": provider(name, True, True)} if GPU else {}
     return Workload(
         "diffusers", name, shape, lambda: [torch.randn(shape)], provider(name, False), provider(name, True), gradients=(0,),
-        rivals=compiled, factor=8.0, compiled=False, dtypes=(torch.float32, torch.bfloat16),
+        rivals=compiled, factor=8.0, compiled=False, captured=False, streams=False,
+        dtypes=(torch.float32, torch.bfloat16),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import layer_norm, rms_norm
 
+from benchmarks import rivals
 from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
 
@@ -28,6 +29,27 @@ def gate_residual_norm_modulate(residual, branch, gate, shift, scale):
     hidden = gate_residual(residual, branch, gate)
     return hidden, layer_norm_modulate(hidden, shift, scale)
 
+
+def modulated(norm):
+    """A library's normalisation, modulated by PyTorch."""
+    return lambda x, shift, scale: norm(x, EPS) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def gated(norm):
+    """A gated residual by PyTorch, normalised by a library."""
+
+    def run(residual, branch, gate, shift, scale):
+        hidden = gate_residual(residual, branch, gate)
+        return hidden, modulated(norm)(hidden, shift, scale)
+
+    return run
+
+
+RIVALS = {
+    "layer_norm_modulate": rivals.of("layer_norm", modulated),
+    "rms_norm_modulate": rivals.of("rms_norm", modulated),
+    "gate_residual_norm_modulate": rivals.of("layer_norm", gated),
+}
 
 # Name: eager, ours, how many activations, how many modulations.
 OPS = {
@@ -55,6 +77,7 @@ WORKLOADS = [
         gradients=tuple(range(activations + modulations)),
         # Inductor sums the modulation's gradients over the rows less exactly than eager does.
         factor=8.0,
+        **RIVALS.get(name, {}),
     )
     for network, shape in SHAPES.items()
     for name, (eager, ours, activations, modulations) in OPS.items()

@@ -5,17 +5,25 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import layer_norm, rms_norm
 
+from benchmarks import rivals
 from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
 
 EPS = 1e-6
 
 
+def rms(x, eps, weight):
+    return rms_norm(x, weight.shape, weight, eps)
+
+
+def layer(x, eps, weight):
+    return layer_norm(x, weight.shape, weight, eps=eps)
+
+
 def of_heads(x, weight, norm):
     """The norm of each head or, with a weight of their size, of all heads of a token."""
     rows = x.flatten(2) if weight.numel() > x.shape[-1] else x
-    normalised = rms_norm(rows, weight.shape, weight, EPS) if norm == "rms" else layer_norm(rows, weight.shape, weight, eps=EPS)
-    return normalised.view(x.shape)
+    return norm(rows, EPS, weight).view(x.shape)
 
 
 def interleaved(x, cos, sin):
@@ -28,10 +36,10 @@ def half(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def norm_and_rope(norm, rope):
-    """Eager and ours: packed [B, N, 3, H, D], two weights, and angles [N, D/2] unless rope is None."""
+def composed(rope, norm):
+    """Of packed [B, N, 3, H, D], two weights, and angles [N, D/2] unless rope is None, with one of the norms above or a library's."""
 
-    def eager(packed, q_weight, k_weight, *angles):
+    def run(packed, q_weight, k_weight, *angles):
         q, k, _ = packed.unbind(2)
         q, k = of_heads(q, q_weight, norm), of_heads(k, k_weight, norm)
         if rope is None:
@@ -39,12 +47,16 @@ def norm_and_rope(norm, rope):
         turn, (cos, sin) = interleaved if rope == "interleaved" else half, (a.unsqueeze(1) for a in angles)
         return turn(q, cos, sin).to(q.dtype), turn(k, cos, sin).to(k.dtype)
 
-    def ours(packed, q_weight, k_weight, *angles):
+    return run
+
+
+def fused(norm, rope):
+    def run(packed, q_weight, k_weight, *angles):
         q, k, _ = packed.unbind(2)
         whole = "_heads" if q_weight.numel() > q.shape[-1] else ""
         return ops.qk_norm_rope(q, k, q_weight, k_weight, *angles, norm=norm + whole, rope=rope or "half", eps=EPS)
 
-    return eager, ours
+    return run
 
 
 def operands(batch, rows, heads, width, whole=False, rotated=True):
@@ -64,11 +76,11 @@ def parts(packed, dim):
 
 
 def norm_workload(network, shape, norm, rope, whole=False):
-    eager, ours = norm_and_rope(norm, rope)
+    libraries = rivals.of("rms_norm", lambda part: composed(rope, part)) if norm == "rms" else {}
     # Inductor sums the weights' gradients over thousands of tokens in one chain, some twenty times less exactly than eager.
     return Workload(
         "qk_norm_rope", f"{network} {norm}{'_heads' * whole} {rope}", shape, lambda: operands(*shape, whole, rope is not None),
-        eager, ours, gradients=(0, 1, 2), factor=32.0,
+        composed(rope, rms if norm == "rms" else layer), fused(norm, rope), gradients=(0, 1, 2), factor=32.0, **libraries,
     )  # fmt: skip
 
 

@@ -63,6 +63,7 @@ WORKLOADS = [
         lambda sigmas, costs, kind=interpolation: solve(sigmas, costs, kind),
         lambda sigmas, costs, kind=interpolation: ops.integrate_schedule(sigmas, costs, STEPS, interpolation=kind),
         compiled=False,
+        captured=False,
         dtypes=(torch.float32,),
     )
     for intervals in INTERVALS

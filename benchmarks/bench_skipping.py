@@ -63,7 +63,7 @@ def our_held_step(x, noise):
     return step.x_next, step.state[:, D2], torch.tensor([float(bool(step.state[0, REUSE]))])
 
 
-# Name: inputs, eager, ours, whether eager can be compiled: not where the host reads the decision.
+# Name: inputs, eager, ours, whether a call can be compiled and captured: not where the host reads the decision.
 OPS = {
     "third_order_difference": (4, difference, ops.third_order_difference, True),
     "solver_step": (3, published_step, our_step, False),
@@ -71,7 +71,7 @@ OPS = {
 }
 
 WORKLOADS = [
-    Workload(name, network, shape, normals(count, shape), eager, ours, factor=8.0, compiled=compiled)
+    Workload(name, network, shape, normals(count, shape), eager, ours, factor=8.0, compiled=compiled, captured=compiled)
     for network, shape in SHAPES.items()
     for name, (count, eager, ours, compiled) in OPS.items()
 ] + [Workload("third_order_skip", "decisions", (64,), lambda: [torch.rand(64) for _ in range(3)], skip, ours_skip)]

@@ -7,6 +7,7 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch.nn import functional as F
 
+from benchmarks.rivals import sdpa
 from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
 
@@ -35,10 +36,6 @@ def modulation(variable: str, batch: int, tokens: int, channels: int) -> Workloa
 def softmax_attention(q, k, v):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return (torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v).transpose(1, 2)
-
-
-def sdpa(q, k, v):
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
 def attention(variable: str, tokens: int, width: int) -> Workload:
@@ -74,7 +71,8 @@ def schedule(knots: int) -> Workload:
     return Workload(
         "integrate_schedule", "sweep", f"knots={knots}",
         lambda: [torch.linspace(80, 0.002, knots + 1), torch.rand(knots) + 0.5],
-        solve, lambda sigmas, costs: ops.integrate_schedule(sigmas, costs, 18), compiled=False, factor=FACTOR, dtypes=FLOAT32,
+        solve, lambda sigmas, costs: ops.integrate_schedule(sigmas, costs, 18),
+        compiled=False, captured=False, factor=FACTOR, dtypes=FLOAT32,
     )  # fmt: skip
 
 

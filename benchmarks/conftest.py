@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastdiff_kernels._registry import OPS
+
 from .harness import RESULTS, Session
 from .provenance import device_name
+from .rivals import absent
 from .workloads import Case, cases
 
 _SESSION = pytest.StashKey[Session]()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 USUAL = {"cpu": ("float32",), "cuda": ("bfloat16",)}
-RIVAL_PACKAGES = ("liger_kernel", "apex", "flashinfer", "xformers", "flash_attn")
 
 
 def pytest_addoption(parser):
@@ -25,14 +26,14 @@ def pytest_addoption(parser):
     group.addoption(
         "--save-rows", nargs="?", const=str(usual), metavar="FILE", help="append the rows to this file (benchmarks/results/rows.csv)"
     )
-    group.addoption("--quick", action="store_true", help="half a second a case instead of two")
+    group.addoption("--quick", action="store_true", help="0.3 seconds a case instead of two")
     group.addoption("--network", action="append", default=[], help="only workloads of this network, for instance DiT-XL/2")
     group.addoption("--dtype", action="append", default=[], choices=DTYPES, help=f"default: {USUAL[DEVICE][0]} on this machine")
     group.addoption("--max-autotune", action="store_true", help="torch.compile(mode='max-autotune') as one more provider")
 
 
 def pytest_configure(config):
-    config.stash[_SESSION] = Session(DEVICE, 0.5 if config.getoption("--quick") else 2.0)
+    config.stash[_SESSION] = Session(DEVICE, 0.3 if config.getoption("--quick") else 2.0)
 
 
 def pytest_generate_tests(metafunc):
@@ -51,14 +52,20 @@ def measure(request, benchmark):
     def run(case: Case) -> dict[str, float]:
         w = case.workload
         benchmark.group = f"{w.op} {case.mode}"
-        measured = session.measure(
-            case, {"eager": w.eager, **_compiled(w, request.config.getoption("--max-autotune")), **w.rivals, "ours": w.ours}
-        )
+        compiled = _compiled(w, request.config.getoption("--max-autotune"))
+        rivals = {**w.rivals, **(w.forward_rivals if case.mode == "forward" else {})}
+        measured = session.measure(case, {"eager": w.eager, **compiled, **rivals, "ours": w.ours}, _backends(w) if DEVICE == "cuda" else ())
         benchmark.extra_info.update({f"speedup_over_eager/{name}": round(value, 3) for name, value in measured.speedups.items()})
         benchmark.pedantic(_synchronised(measured.runs["ours"]), rounds=3, iterations=1, warmup_rounds=1)
         return measured.speedups
 
     return run
+
+
+def _backends(w) -> tuple[str, ...]:
+    """Those that "ours" is run on one by one: of a workload that is one op with kernels on several."""
+    kernels = [name for name in OPS[w.op].kernels if name != "cpu"] if w.op in OPS else []
+    return tuple(kernels) if len(kernels) > 1 else ()
 
 
 def _compiled(w, max_autotune: bool) -> dict:
@@ -99,9 +106,9 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section(f"side by side on {device_name(DEVICE)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     terminalreporter.write_line("\n".join(session.table()))
     for wrong in session.left_out:
-        terminalreporter.write_line(f"left out, too far from the truth: {wrong}")
-    absent = [name for name in RIVAL_PACKAGES if importlib.util.find_spec(name) is None]
-    terminalreporter.write_line(f"not installed here, so not compared with: {', '.join(absent) or 'nothing'}")
+        terminalreporter.write_line(f"left out: {wrong}")
+    for name, reason in absent().items():
+        terminalreporter.write_line(f"absent: {name} ({reason})")
     if DEVICE == "cpu":
         terminalreporter.write_line("not measured: anything on a GPU")
     if path := config.getoption("--save-rows"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastdiff_kernels import backend
 
 from .ceilings import copy_bandwidth, matmul_rate
 from .memory import peak_bytes
@@ -39,14 +41,21 @@ class Row:
     p80_ms: float
     x_eager: float
     x_compile: float | None
+    """Against the faster of torch.compile's modes that ran."""
     x_best_rival: float | None
     """Against the fastest of the providers that are neither eager, compile nor ours."""
-    gb_per_s: float
-    of_copy: float
+    megabytes: float | None
+    gb_per_s: float | None
+    of_copy: float | None
+    gigaflop: float | None
     tflop_per_s: float | None
     of_matmul: float | None
     launch_bound: bool
     peak_mb: float
+    s_per_1000: float | None
+    """Seconds for a thousand samples, where samples are drawn."""
+    timed: str
+    clock_mhz: float | None
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class Measured:
 
 
 FIELDS = (*(f.name for f in fields(Provenance)), *(f.name for f in fields(Row)))
+# What libraries raise for a call that they do not take.
+REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError)
 
 
 @dataclass
@@ -70,26 +81,30 @@ class Session:
     left_out: list[str] = field(default_factory=list)
     """What was wrong with providers of others, which get no row for it."""
 
-    def measure(self, case: Case, providers: Mapping[str, Callable]) -> Measured:
-        """Adds a row for each provider, "eager" among them.
+    def measure(self, case: Case, providers: Mapping[str, Callable], backends: Sequence[str] = ()) -> Measured:
+        """Adds a row for each provider, "eager" among them, for the workload's variants, and for "ours" on each of these backends alone.
 
         One of ours whose error is more than the workload's factor times eager's raises WrongResult before anything is timed; one of
-        others is left out.
+        others, and one that refuses the case, is left out.
         """
         drawn = case.workload.inputs()
         args = case.inputs(case.dtype, self.device, drawn)
         exact, upstream = self._truth(case, drawn)
-        runs = {name: case.bind(fn, args, [u.to(case.dtype if u.shape else u.dtype) for u in upstream]) for name, fn in providers.items()}
-        for name, wrong in self._wrong(case, runs, args, upstream, exact).items():
-            if name.startswith("ours"):
-                raise WrongResult(wrong)
-            self.left_out.append(wrong)
+        given = [u.to(case.dtype if u.shape else u.dtype) for u in upstream]
+        runs = {name: case.bind(fn, args, given) for name, fn in providers.items()}
+        runs |= {f"ours-{name}": _on_backend(name, runs["ours"]) for name in backends}
+        wrong = self._wrong(case, runs, args, upstream, exact) | self._wrong_variants(case, drawn, args)
+        runs |= {name: case.bind(variant.run, args, []) for name, variant in case.workload.variants.items()}
+        for name, (what, ours) in wrong.items():
+            if ours:
+                raise WrongResult(what)
+            self.left_out.append(what)
             del runs[name]
-        times = interleave(runs, self.seconds, self.device)
-        moved = case.bytes(args, runs["eager"]())
+        times = interleave(runs, self.seconds, self.device, case.workload.captured)
+        moved = case.bytes(args, runs["eager"]()) if case.workload.streams else None
         for name, run in runs.items():
             self.rows.append(self._row(case, name, times, moved, case.flops(args), peak_bytes(run, self.device)))
-        return Measured(runs, {name: times["eager"].median / t.median for name, t in times.items()})
+        return Measured(runs, {name: _cost(case, "eager", times) / _cost(case, name, times) for name in times})
 
     def _truth(self, case: Case, drawn: Sequence[Any]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """The results in float64 of the inputs as rounded to the case's dtype, and the outputs' gradients that went into them."""
@@ -103,21 +118,48 @@ class Session:
 
     def _wrong(
         self, case: Case, runs: Mapping[str, Callable], args: Sequence[Any], upstream: Sequence[Tensor], exact: Sequence[Tensor]
-    ) -> dict[str, str]:
-        """What is wrong with each provider that is too far from the truth."""
+    ) -> dict[str, tuple[str, bool]]:
+        """What is wrong with each provider that is too far from the truth or refuses, and whether that is a mistake of ours."""
         w = case.workload
         standard = runs["eager"] if w.checkable is None else case.bind(w.checkable, args, upstream)
         allowed = _errors(standard(), exact)
         drawing = () if w.checkable is None else ("eager", "compile", "compile-max")
-        found = {
-            name: _excess(_errors(run(), exact), allowed, exact, w.factor, case.dtype) for name, run in runs.items() if name not in drawing
-        }
-        return {name: f"{case}: {name}: {excess}" for name, excess in found.items() if excess}
+        found = {}
+        for name, run in runs.items():
+            if name in drawing:
+                continue
+            try:
+                results = run()
+            except REFUSALS as error:
+                # Of ours only what was put on one backend may have no kernel there.
+                if name.startswith(("eager", "ours")) and not str(error).startswith("backend("):
+                    raise
+                found[name] = f"{case}: {name}: does not run: {str(error).splitlines()[0] if str(error) else type(error).__name__}", False
+                continue
+            if excess := _excess(_errors(results, exact), allowed, exact, w.factor, case.dtype):
+                found[name] = f"{case}: {name}: {excess}", name.startswith("ours")
+        return found
 
-    def _row(self, case: Case, name: str, times: Mapping[str, Times], moved: int, operations: int | None, peak: int) -> Row:
+    def _wrong_variants(self, case: Case, drawn: Sequence[Any], args: Sequence[Any]) -> dict[str, tuple[str, bool]]:
+        """The same for the variants, each against its own definition; all are ours."""
+        wide = case.inputs(torch.float64, self.device, case.inputs(case.dtype, self.device, drawn))
+        found = {}
+        for name, variant in case.workload.variants.items():
+            exact, eager, results = (
+                case.bind(fn, given, [])() for fn, given in ((variant.definition, wide), (variant.definition, args), (variant.run, args))
+            )
+            if excess := _excess(_errors(results, exact), _errors(eager, exact), exact, case.workload.factor, case.dtype):
+                found[name] = f"{case}: {name}: {excess}", True
+        return found
+
+    def _row(self, case: Case, name: str, times: Mapping[str, Times], moved: int | None, operations: int | None, peak: int) -> Row:
         t, w = times[name], case.workload
-        rivals = [other.median for rival, other in times.items() if not rival.startswith(("eager", "compile", "ours"))]
-        rate = None if operations is None else operations / t.median
+        cost = _cost(case, name, times)
+        compiled = [_cost(case, other, times) for other in times if other.startswith("compile")]
+        rivals = [_cost(case, other, times) for other in times if not other.startswith(("eager", "compile", "ours"))]
+        # A variant does less than the workload's own operations, by its nature.
+        rate = None if operations is None or name in w.variants else operations / t.median
+        through = None if moved is None else moved / t.median
         return Row(
             op=w.op,
             network=w.network,
@@ -128,41 +170,79 @@ class Session:
             p20_ms=1e3 * t.quantile(0.2),
             p50_ms=1e3 * t.median,
             p80_ms=1e3 * t.quantile(0.8),
-            x_eager=times["eager"].median / t.median,
-            x_compile=times["compile"].median / t.median if "compile" in times else None,
-            x_best_rival=min(rivals) / t.median if rivals else None,
-            gb_per_s=moved / t.median / 1e9,
-            of_copy=moved / t.median / copy_bandwidth(self.device),
+            x_eager=_cost(case, "eager", times) / cost,
+            x_compile=min(compiled) / cost if compiled else None,
+            x_best_rival=min(rivals) / cost if rivals else None,
+            megabytes=None if moved is None else moved / 1e6,
+            gb_per_s=None if through is None else through / 1e9,
+            of_copy=None if through is None else through / copy_bandwidth(self.device),
+            gigaflop=None if rate is None else operations / 1e9,
             tflop_per_s=None if rate is None else rate / 1e12,
             of_matmul=None if rate is None else rate / matmul_rate(self.device, case.dtype),
             launch_bound=t.launch_bound,
             peak_mb=peak / 1e6,
+            s_per_1000=cost if w.per_thousand else None,
+            timed=t.how,
+            clock_mhz=t.clock_mhz,
         )
 
     def table(self) -> list[str]:
         """The rows as text, one case after another."""
         lines = [
             f"{'op':30} {'network':12} {'shape':>18} {'dtype':8} {'mode':8} {'provider':14} {'p50 ms':>9} {'x eager':>8} {'x comp.':>8}"
-            f" {'% copy':>7} {'% mm':>6} {'peak MB':>8}"
+            f" {'x rival':>8} {'% copy':>7} {'% mm':>6} {'peak MB':>8} {'s / 1000':>8}"
         ]
         for r in self.rows:
-            of_matmul = None if r.of_matmul is None else 100 * r.of_matmul
+            of_copy, of_matmul = (None if part is None else 100 * part for part in (r.of_copy, r.of_matmul))
             lines.append(
                 f"{r.op:30} {r.network:12} {r.shape:>18} {r.dtype:8} {r.mode:8} {r.provider:14} {r.p50_ms:9.3f} {r.x_eager:8.2f}"
-                f" {_or_dash(r.x_compile, 8, 2)} {100 * r.of_copy:7.1f} {_or_dash(of_matmul, 6, 1)} {r.peak_mb:8.2f}"
+                f" {_or_dash(r.x_compile, 8, 2)} {_or_dash(r.x_best_rival, 8, 2)} {_or_dash(of_copy, 7, 1)} {_or_dash(of_matmul, 6, 1)}"
+                f" {r.peak_mb:8.2f} {_or_dash(r.s_per_1000, 8, 1)}{' launch-bound' if r.launch_bound else ''}"
             )
         return lines
 
     def save(self, path: Path) -> None:
-        """Appends the rows, with their provenance, to a CSV file."""
-        fresh = not path.exists()
-        where = astuple(Provenance.here(self.device))
+        """Appends the rows, with their provenance, to a CSV file; columns that it lacks are added to it, empty in earlier rows."""
+        columns = _columns(path)
+        where = asdict(Provenance.here(self.device))
         with path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if fresh:
-                writer.writerow(FIELDS)
+            writer = csv.DictWriter(file, columns)
             for row in self.rows:
-                writer.writerow((*where, *(f"{v:.4g}" if isinstance(v, float) else v for v in astuple(row))))
+                writer.writerow({**where, **{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}})
+
+
+def _columns(path: Path) -> list[str]:
+    """The columns of a results file, after those that it lacks have been added."""
+    earlier: list[dict[str, str]] = []
+    columns: list[str] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            columns, earlier = list(reader.fieldnames or ()), list(reader)
+    if new := [name for name in FIELDS if name not in columns]:
+        columns += new
+        fresh = path.with_name(f"{path.name}.new")
+        with fresh.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(earlier)
+        fresh.replace(path)
+    return columns
+
+
+def _cost(case: Case, name: str, times: Mapping[str, Times]) -> float:
+    """Seconds of one call, or for a thousand samples where the workload draws such."""
+    w = case.workload
+    per_thousand = w.variants[name].per_thousand if name in w.variants else w.per_thousand
+    return times[name].median * (1 if per_thousand is None else per_thousand())
+
+
+def _on_backend(name: str, run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    def call() -> tuple[Tensor, ...]:
+        with backend(name):
+            return run()
+
+    return call
 
 
 def _or_dash(value: float | None, width: int, digits: int) -> str:

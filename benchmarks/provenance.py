@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .rivals import absent
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -23,6 +25,8 @@ class Provenance:
     torch: str
     triton: str
     driver: str
+    absent: str
+    """Libraries that there was no comparison with, since they are not installed."""
 
     @classmethod
     def here(cls, device: str) -> Provenance:
@@ -34,6 +38,7 @@ class Provenance:
             torch.__version__,
             _version("triton"),
             _driver() if device == "cuda" else "",
+            " ".join(absent()),
         )
 
 

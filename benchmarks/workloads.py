@@ -13,6 +13,17 @@ MODES = ("forward", "fwd+bwd")
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Something else than eager, for the same purpose: its results differ from eager's by design, and have a definition of their own."""
+
+    run: Callable
+    definition: Callable
+    """The same in PyTorch calls; in float64 it is the truth."""
+    per_thousand: Callable[[], float]
+    """As the workload's."""
+
+
+@dataclass(frozen=True)
 class Workload:
     """One op at one shape. Every callable takes what `inputs` made, cast to a dtype and on a device, and returns a tensor or several."""
 
@@ -28,6 +39,16 @@ class Workload:
     """Which inputs are differentiated; without any, forward is the only mode."""
     rivals: Mapping[str, Callable] = field(default_factory=dict)
     """What a user could pick instead, by name."""
+    forward_rivals: Mapping[str, Callable] = field(default_factory=dict)
+    """Such of them as have no gradients."""
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    """Other ways to the same end, by name; without gradients."""
+    per_thousand: Callable[[], float] | None = None
+    """How many calls a thousand samples take, where the workload draws samples; its speed-ups are then of the time for these."""
+    streams: bool = True
+    """Whether its inputs and outputs are what it moves; a network that is not among its inputs moves far more."""
+    captured: bool = True
+    """Whether a GPU can record a call as a graph: not where the host reads results or draws random numbers."""
     flops: Callable[..., int] | None = None
     """Floating-point operations of one forward call, where they are more than the bytes."""
     backward_flops: float = 2.0

@@ -14,7 +14,8 @@ from benchmarks.gpu_session import Piece, pieces, run
 from benchmarks.harness import FIELDS, Session, WrongResult
 from benchmarks.memory import peak_bytes
 from benchmarks.timing import Times
-from benchmarks.workloads import Case, Workload
+from benchmarks.workloads import Case, Variant, Workload
+from fastdiff_kernels import ops
 
 ROOT = Path(__file__).parents[1]
 BENCHES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
@@ -115,6 +116,65 @@ def test_peak_memory_counts_what_is_held_at_once():
             assert size <= peak_bytes(computation, "cpu") < size + 64
 
 
+def test_a_rival_that_refuses_a_case_is_left_out_with_its_reason():
+    def picky(x, y):
+        raise RuntimeError("only on Tuesdays\nand never twice")
+
+    session = Session("cpu", 0.01)
+    session.measure(Case(workload(), torch.float32, "forward"), {"eager": product, "rival": picky, "ours": product})
+    assert [row.provider for row in session.rows] == ["eager", "ours"]
+    assert session.left_out == ["product none 4x8 float32 forward: rival: does not run: only on Tuesdays"]
+
+
+@pytest.mark.parametrize("provider", ["ours", "ours-compiled", "eager"])
+def test_what_we_run_may_not_refuse(provider):
+    def broken(x, y):
+        raise RuntimeError("no such kernel")
+
+    session = Session("cpu", 0.01)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        session.measure(Case(workload(), torch.float32, "forward"), {"eager": product, "ours": product, provider: broken})
+    assert session.rows == []
+
+
+def test_ours_on_one_backend_alone_is_a_column_of_its_own_unless_it_has_no_kernel_there():
+    gate = Workload(
+        "gate_residual", "none", (2, 3, 8), lambda: [torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 8)],
+        lambda x, branch, gate: x + gate.unsqueeze(1) * branch, ops.gate_residual, gradients=(0, 1, 2),
+    )  # fmt: skip
+    session = Session("cpu", 0.01)
+    case = Case(gate, torch.float32, "fwd+bwd")
+    session.measure(case, {"eager": gate.eager, "ours": gate.ours}, ("cpu", "reference", "sdpa"))
+    assert [row.provider for row in session.rows] == ["eager", "ours", "ours-cpu", "ours-reference"]
+    (refused,) = session.left_out
+    assert "ours-sdpa: does not run: backend('sdpa') cannot run gate_residual" in refused
+
+
+def sampler(run=lambda x, y: x * y / 2, definition=lambda x, y: x * y / 2) -> Workload:
+    """A product, of which a thousand samples take 250 calls, and half of it, of which they take 10."""
+    half = Variant(run, definition, lambda: 10)
+    return workload(gradients=(), variants={"ours, half": half}, per_thousand=lambda: 250, streams=False)
+
+
+def test_a_thousand_samples_are_what_counts_where_samples_are_drawn():
+    session = Session("cpu", 0.01)
+    measured = session.measure(Case(sampler(), torch.float32, "forward"), {"eager": product, "ours": product})
+    eager, ours, half = session.rows
+    assert eager.s_per_1000 == pytest.approx(0.25 * eager.p50_ms)
+    assert half.s_per_1000 == pytest.approx(0.01 * half.p50_ms)
+    assert half.x_eager == pytest.approx(eager.s_per_1000 / half.s_per_1000)
+    assert measured.speedups["ours, half"] == pytest.approx(half.x_eager)
+    assert ours.x_best_rival is None, "a variant is ours"
+    assert half.of_copy is half.megabytes is None
+
+
+def test_a_variant_is_held_to_its_own_definition():
+    session = Session("cpu", 0.01)
+    with pytest.raises(WrongResult, match="ours, half: output 0"):
+        session.measure(Case(sampler(run=product), torch.float32, "forward"), {"eager": product, "ours": product})
+    assert session.rows == []
+
+
 def test_quantiles():
     times = Times((5.0, 1.0, 3.0, 2.0, 4.0))
     assert (times.quantile(0.2), times.median, times.quantile(0.8)) == (2.0, 3.0, 5.0)
@@ -130,6 +190,37 @@ def test_rows_are_appended_with_their_provenance(tmp_path):
     assert tuple(first) == FIELDS
     assert first["op"] == second["op"] == "product"
     assert first["commit"]
+
+
+def test_a_file_of_earlier_rows_gets_the_columns_that_came_later(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("op,date,note\nproduct,2020-01-01,kept\n")
+    session = Session("cpu", 0.01)
+    session.measure(Case(workload(), torch.float32, "forward"), {"eager": product})
+    session.save(path)
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        earlier, row = reader
+    assert reader.fieldnames[:3] == ["op", "date", "note"]
+    assert set(FIELDS) <= set(reader.fieldnames)
+    assert (earlier["date"], earlier["note"], earlier["p50_ms"]) == ("2020-01-01", "kept", "")
+    assert (row["op"], row["note"], row["timed"]) == ("product", "", "calls")
+    assert float(row["p50_ms"]) > 0
+
+
+def test_rows_have_every_column_that_is_promised(tmp_path):
+    flops = workload(flops=lambda x, y: x.numel())
+    session = Session("cpu", 0.01)
+    session.measure(Case(flops, torch.float32, "fwd+bwd"), {"eager": product, "compile": product, "rival": product, "ours": product})
+    ours = session.rows[-1]
+    assert ours.megabytes == pytest.approx((3 + 3 + 2) * 4 * 8 * 4 / 1e6)
+    assert ours.gb_per_s == pytest.approx(ours.megabytes / ours.p50_ms)
+    assert ours.gigaflop == pytest.approx(3 * 32 / 1e9)
+    assert ours.tflop_per_s == pytest.approx(ours.gigaflop / ours.p50_ms)
+    assert min(ours.of_copy, ours.of_matmul, ours.x_eager, ours.x_compile, ours.x_best_rival) > 0
+    assert ours.peak_mb > 0
+    assert ours.launch_bound is False, "there are no launches on a CPU"
+    assert ours.s_per_1000 is None
 
 
 def test_a_gpu_session_goes_on_where_it_was_cut_off(tmp_path):
@@ -156,6 +247,11 @@ def test_a_gpu_session_names_files_that_exist(tmp_path):
         for part in piece.command:
             if part.startswith(("tests", "benchmarks")):
                 assert (ROOT / part).exists(), part
+
+
+def test_a_gpu_session_measures_every_family(tmp_path):
+    names = {piece.name for piece in pieces(tmp_path)}
+    assert set(BENCHES) <= names
 
 
 @pytest.mark.parametrize("name", BENCHES)
