@@ -165,7 +165,7 @@ def test_on_a_gpu_attention_has_a_column_for_each_backend_of_pytorch():
     packed = torch.randn(1, 6, 3, 4, 8)
     assert {"sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "xformers", "flash-attn"} == fields["rivals"].keys()
     torch.testing.assert_close(fields["rivals"]["flash-attn"](packed), fields["rivals"]["sdpa"](packed))
-    with pytest.raises(RuntimeError, match="backend|kernel"):
+    with pytest.raises(RuntimeError, match=r"backend|kernel"):
         fields["rivals"]["sdpa-cudnn"](packed)
 
 
