@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # Idle OpenMP threads that spin take the core from the other worker.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test bench tables gpu wheel lint build doctor clean
+.PHONY: demo test bench tables gpu tune wheel lint build doctor clean
 
 demo: $(READY)
 	$(VENV)/bin/fastdiff demo --out $(OUT)
@@ -31,6 +31,11 @@ tables: $(READY)
 # In pieces that fit ten minutes: run it again until nothing is left.
 gpu: $(READY)
 	$(PY) -m benchmarks.gpu_session --out out/gpu
+
+# Writes the tables that kernels launch and are chosen by on this GPU; in pieces as well.
+tune: $(READY)
+	$(PY) -m benchmarks.tune
+	$(PY) -m benchmarks.tune --choices
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

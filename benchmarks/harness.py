@@ -71,6 +71,39 @@ FIELDS = (*(f.name for f in fields(Provenance)), *(f.name for f in fields(Row)))
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError)
 
 
+@dataclass(frozen=True)
+class Check:
+    """One case's inputs, and how far from the truth a provider's results may be."""
+
+    case: Case
+    args: list[Any]
+    upstream: list[Tensor]
+    """The gradients of the outputs."""
+    exact: tuple[Tensor, ...]
+    allowed: list[float]
+    """Eager's own errors."""
+
+    @classmethod
+    def of(cls, case: Case, device: str) -> Check:
+        """With inputs drawn, and the truth in float64 of these as rounded to the case's dtype."""
+        w = case.workload
+        args = case.inputs(case.dtype, device)
+        wide = case.inputs(torch.float64, device, [a.detach() if isinstance(a, Tensor) else a for a in args])
+        with torch.no_grad():
+            outputs = Case(w, torch.float64, "forward").bind(w.checkable or w.eager, wide, [])()
+        upstream = [torch.randn_like(o).to(case.dtype if o.dim() else torch.float32) for o in outputs]
+        exact = case.bind(w.checkable or w.eager, wide, [u.double() for u in upstream])()
+        return cls(case, args, upstream, exact, _errors(case.bind(w.checkable or w.eager, args, upstream)(), exact))
+
+    def bind(self, provider: Callable) -> Callable[[], tuple[Tensor, ...]]:
+        """provider at these inputs, as a call without arguments."""
+        return self.case.bind(provider, self.args, self.upstream)
+
+    def wrong(self, run: Callable[[], Sequence[Tensor]]) -> str | None:
+        """Which result of run() is too far from the truth, in words."""
+        return _excess(_errors(run(), self.exact), self.allowed, self.exact, self.case.workload.factor, self.case.dtype)
+
+
 @dataclass
 class Session:
     """The rows of one run."""
@@ -87,70 +120,30 @@ class Session:
         One of ours whose error is more than the workload's factor times eager's raises WrongResult before anything is timed; one of
         others, and one that refuses the case, is left out.
         """
-        drawn = case.workload.inputs()
-        args = case.inputs(case.dtype, self.device, drawn)
-        exact, upstream = self._truth(case, drawn)
-        given = [u.to(case.dtype if u.shape else u.dtype) for u in upstream]
-        runs = {name: case.bind(fn, args, given) for name, fn in providers.items()}
+        check = Check.of(case, self.device)
+        runs = {name: check.bind(fn) for name, fn in providers.items()}
         runs |= {f"ours-{name}": _on_backend(name, runs["ours"]) for name in backends}
-        wrong = self._wrong(case, runs, args, upstream, exact) | self._wrong_variants(case, drawn, args)
-        runs |= {name: case.bind(variant.run, args, []) for name, variant in case.workload.variants.items()}
-        for name, (what, ours) in wrong.items():
-            if ours:
-                raise WrongResult(what)
-            self.left_out.append(what)
+        for name, reason in _wrong(check, runs).items():
+            self.left_out.append(f"{case}: {name}: {reason}")
             del runs[name]
+        runs |= self._variants(case, check)
         times = interleave(runs, self.seconds, self.device, case.workload.captured)
-        moved = case.bytes(args, runs["eager"]()) if case.workload.streams else None
+        moved = case.bytes(check.args, runs["eager"]()) if case.workload.streams else None
         for name, run in runs.items():
-            self.rows.append(self._row(case, name, times, moved, case.flops(args), peak_bytes(run, self.device)))
+            self.rows.append(self._row(case, name, times, moved, case.flops(check.args), peak_bytes(run, self.device)))
         return Measured(runs, {name: _cost(case, "eager", times) / _cost(case, name, times) for name in times})
 
-    def _truth(self, case: Case, drawn: Sequence[Any]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """The results in float64 of the inputs as rounded to the case's dtype, and the outputs' gradients that went into them."""
-        w = case.workload
-        rounded = case.inputs(case.dtype, self.device, drawn)
-        wide = case.inputs(torch.float64, self.device, [a.detach() if isinstance(a, Tensor) else a for a in rounded])
-        with torch.no_grad():
-            outputs = Case(w, torch.float64, "forward").bind(w.checkable or w.eager, wide, [])()
-        upstream = [torch.randn_like(o).to(case.dtype if o.dim() > 1 else torch.float32) for o in outputs]
-        return case.bind(w.checkable or w.eager, wide, [u.double() for u in upstream])(), upstream
-
-    def _wrong(
-        self, case: Case, runs: Mapping[str, Callable], args: Sequence[Any], upstream: Sequence[Tensor], exact: Sequence[Tensor]
-    ) -> dict[str, tuple[str, bool]]:
-        """What is wrong with each provider that is too far from the truth or refuses, and whether that is a mistake of ours."""
-        w = case.workload
-        standard = runs["eager"] if w.checkable is None else case.bind(w.checkable, args, upstream)
-        allowed = _errors(standard(), exact)
-        drawing = () if w.checkable is None else ("eager", "compile", "compile-max")
-        found = {}
-        for name, run in runs.items():
-            if name in drawing:
-                continue
-            try:
-                results = run()
-            except REFUSALS as error:
-                # Of ours only what was put on one backend may have no kernel there.
-                if name.startswith(("eager", "ours")) and not str(error).startswith("backend("):
-                    raise
-                found[name] = f"{case}: {name}: does not run: {str(error).splitlines()[0] if str(error) else type(error).__name__}", False
-                continue
-            if excess := _excess(_errors(results, exact), allowed, exact, w.factor, case.dtype):
-                found[name] = f"{case}: {name}: {excess}", name.startswith("ours")
-        return found
-
-    def _wrong_variants(self, case: Case, drawn: Sequence[Any], args: Sequence[Any]) -> dict[str, tuple[str, bool]]:
-        """The same for the variants, each against its own definition; all are ours."""
-        wide = case.inputs(torch.float64, self.device, case.inputs(case.dtype, self.device, drawn))
-        found = {}
+    def _variants(self, case: Case, check: Check) -> dict[str, Callable]:
+        """The workload's variants, after each has been held to its own definition."""
+        wide = case.inputs(torch.float64, self.device, check.args)
+        runs = {}
         for name, variant in case.workload.variants.items():
-            exact, eager, results = (
-                case.bind(fn, given, [])() for fn, given in ((variant.definition, wide), (variant.definition, args), (variant.run, args))
-            )
-            if excess := _excess(_errors(results, exact), _errors(eager, exact), exact, case.workload.factor, case.dtype):
-                found[name] = f"{case}: {name}: {excess}", True
-        return found
+            exact, eager = (case.bind(variant.definition, given, [])() for given in (wide, check.args))
+            own = Check(case, check.args, [], exact, _errors(eager, exact))
+            runs[name] = own.bind(variant.run)
+            if reason := own.wrong(runs[name]):
+                raise WrongResult(f"{case}: {name}: {reason}")
+        return runs
 
     def _row(self, case: Case, name: str, times: Mapping[str, Times], moved: int | None, operations: int | None, peak: int) -> Row:
         t, w = times[name], case.workload
@@ -243,6 +236,26 @@ def _on_backend(name: str, run: Callable[[], tuple[Tensor, ...]]) -> Callable[[]
             return run()
 
     return call
+
+
+def _wrong(check: Check, runs: Mapping[str, Callable]) -> dict[str, str]:
+    """Why providers of others, and of ours those on a backend that has no kernel, get no row; anything else wrong with ours raises."""
+    found = {}
+    for name, run in runs.items():
+        if check.case.workload.checkable is not None and name in ("eager", "compile", "compile-max"):
+            continue
+        try:
+            reason = check.wrong(run)
+        except REFUSALS as error:
+            if name.startswith(("eager", "ours")) and not str(error).startswith("backend("):
+                raise
+            found[name] = f"does not run: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            continue
+        if reason and name.startswith("ours"):
+            raise WrongResult(f"{check.case}: {name}: {reason}")
+        if reason:
+            found[name] = reason
+    return found
 
 
 def _or_dash(value: float | None, width: int, digits: int) -> str:

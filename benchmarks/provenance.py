@@ -36,7 +36,7 @@ class Provenance:
             device_name(device),
             torch.get_num_threads(),
             torch.__version__,
-            _version("triton"),
+            version("triton"),
             _driver() if device == "cuda" else "",
             " ".join(absent()),
         )
@@ -52,7 +52,8 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package; empty where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

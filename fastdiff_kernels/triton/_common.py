@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +22,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def capability(x: Tensor) -> int:
-    """The compute capability of x's GPU, 90 for 9.0."""
-    major, minor = torch.cuda.get_device_capability(x.device)
+    """The compute capability of x's GPU, 90 for 9.0; 0 for tensors that Triton's interpreter takes."""
+    return _capability(x.device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 

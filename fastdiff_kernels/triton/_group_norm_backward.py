@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _group_norm_tiles
-from ._common import absent, compute_dtype, launch
+from ._common import absent, capability, compute_dtype, launch
 from ._group_norm_tiles import (
     MOST_REGISTERS,
     Tiles,
@@ -30,7 +30,7 @@ from ._group_norm_tiles import (
     read,
     read_affine,
     read_vector,
-    tiles_of,
+    tiles_for,
 )
 
 
@@ -212,7 +212,7 @@ def gradients(
     wanted = [v if need else None for v, need in zip(vectors, needs[1:], strict=True)]
     grad_weight, grad_bias, grad_scale, grad_shift = (None if v is None else v.new_empty(v.shape) for v in wanted)
     of_weight, of_bias = (None if v is None else x.new_empty((batch, channels), dtype=compute_dtype(x)) for v in (grad_weight, grad_bias))
-    tiles = tiles_of(layout, x.element_size(), 2)
+    tiles = tiles_for(layout, x, 2, capability(x))
     read_in = (grad, x, weight, bias, scale, shift, mean.contiguous(), inverse_deviation.contiguous())
     written = (grad_x, grad_scale, grad_shift, of_weight, of_bias)
     sizes = (vector_strides(*vectors), (layout.channel_stride, layout.position_stride), channels, layout.positions, num_groups)

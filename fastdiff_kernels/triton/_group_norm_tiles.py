@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import widen
+from ._tuned import tuned
 
 # A group of at most so many bytes stays in the registers of one program from the first read to the last write; half as many in backward,
 # which holds two operands, and half where the vectors of many channels take registers too.
@@ -79,6 +80,14 @@ def layout_of(x: Tensor, groups: int) -> Layout:
     if not x.is_contiguous() and x.is_contiguous(memory_format=last):
         return Layout(last, channels, positions, groups, 1, channels)
     return Layout(torch.contiguous_format, channels, positions, groups, positions, 1)
+
+
+def tiles_for(layout: Layout, x: Tensor, operands: int, gpu: int) -> Tiles:
+    """`tiles_of` a sample of x, on the warps that a GPU has been measured to want."""
+    tiles = tiles_of(layout, x.element_size(), operands)
+    order = "rows" if layout.channel_stride == 1 else "planes"
+    kernel = f"group norm {'backward' if operands == 2 else 'forward'}, {'whole groups' if tiles.whole else 'parts'} of {order}"
+    return tuned(kernel, gpu, x.dtype, tiles.channels * tiles.positions, tiles)
 
 
 def tiles_of(layout: Layout, itemsize: int, operands: int) -> Tiles:

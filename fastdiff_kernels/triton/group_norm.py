@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import compute_dtype, launch
+from ._common import capability, compute_dtype, launch
 from ._group_norm_backward import gradients, terms_at_once, vector_strides
 from ._group_norm_tiles import (
     MOST_REGISTERS,
@@ -27,7 +27,7 @@ from ._group_norm_tiles import (
     over_groups,
     read,
     read_affine,
-    tiles_of,
+    tiles_for,
 )
 
 
@@ -166,7 +166,7 @@ def group_norm_silu(
     mean, inverse_deviation = (x.new_empty((batch, num_groups), dtype=compute_dtype(x)) for _ in range(2))
     if x.numel() == 0:
         return y, mean.zero_(), inverse_deviation.fill_(eps**-0.5)
-    tiles = tiles_of(layout, x.element_size(), 1)
+    tiles = tiles_for(layout, x, 1, capability(x))
     vectors = (weight, bias, scale, shift)
     strides = (layout.channel_stride, layout.position_stride)
     extent = (layout.channels, layout.positions, num_groups, tiles.channel_blocks)
