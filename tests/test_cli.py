@@ -2,12 +2,21 @@
 
 import pytest
 
-from fastdiff_kernels import cli
+from fastdiff_kernels import _loader, cli
 
 
 def test_doctor_prints_its_report(capsys):
     assert cli.main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out
+
+
+def test_doctor_tells_a_library_of_another_python_from_none(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(_loader, "build_report", dict)
+    cli.main(["doctor"])
+    assert "! built: for another Python" in capsys.readouterr().out
+    monkeypatch.setattr(_loader, "LIBRARY", tmp_path / "_native.so")
+    cli.main(["doctor"])
+    assert "! built: nothing was compiled" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def schedule(intervals, seed=0):
 
 
 @pytest.mark.parametrize("interpolation", ["pchip", "linear"])
-@pytest.mark.parametrize(("intervals", "num_steps"), [(1, 1), (1, 4), (2, 9), (300, 18), (5000, 700)])
+@pytest.mark.parametrize(("intervals", "num_steps"), [(1, 1), (1, 4), (2, 9), (300, 18), (5000, 700), (1_000_000, 50)])
 def test_levels_are_those_of_scipy_and_of_the_op(intervals, num_steps, interpolation):
     sigmas, costs = schedule(intervals)
     levels = _host.integrate_schedule(sigmas, costs, num_steps, interpolation)
