@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._policy import everywhere
 from ._report import Entry, PatchReport
 from ._swap import Replacement, restore, swap
 
@@ -90,7 +91,8 @@ def _difference(module: Any, shape: Any) -> str | None:
             args = shape.example(twin)
             before: Tensor = twin(*[a.clone() for a in args])
             swap(twin, _subclass(shape, kind))
-            after: Tensor = twin(*[a.clone() for a in args])
+            with everywhere():
+                after: Tensor = twin(*[a.clone() for a in args])
         except Exception as error:  # a stranger's forward may raise anything
             return f"it has the parts of {shape.__name__} and cannot be called as one: {type(error).__name__}: {error}"
     scale = max(before.abs().max().item(), 1.0)

@@ -7,6 +7,8 @@ import logging
 
 import pytest
 
+from fastdiff_kernels.integrations._policy import everywhere
+
 if importlib.util.find_spec("diffusers") is None:
     collect_ignore_glob = ["test_diffusers_*.py", "test_examples.py"]
 
@@ -15,3 +17,10 @@ if importlib.util.find_spec("diffusers") is None:
 def quiet_host():
     """diffusers warns about every cast with `.to(dtype)`, also where no module is kept in float32."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def ops_at_every_size():
+    """Modules of tests are too small for ops to pay."""
+    with everywhere():
+        yield

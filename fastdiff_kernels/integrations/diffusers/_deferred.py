@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ... import ops
+from .._policy import pays
 from .._swap import Replacement, is_watched
 
 _TIMES = (torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
@@ -143,7 +144,7 @@ class Gated(Deferred):
 
 def branch(module: nn.Module, output: Tensor) -> Any:
     """What `module` returned, as a branch where nobody else looks at it."""
-    return Branch(output) if _waits(module, output) else output
+    return Branch(output) if _waits(module, output, "gate") else output
 
 
 class FusedLayerNorm(Replacement, nn.LayerNorm):
@@ -155,7 +156,7 @@ class FusedLayerNorm(Replacement, nn.LayerNorm):
         return super().forward(x)
 
     def forward(self, input: Tensor) -> Any:
-        return Normed(self, input) if _waits(self, input) else self.plain(input)
+        return Normed(self, input) if _waits(self, input, "norm") else self.plain(input)
 
 
 class FusedFP32LayerNorm(Replacement, FP32LayerNorm):
@@ -167,7 +168,7 @@ class FusedFP32LayerNorm(Replacement, FP32LayerNorm):
         return super().forward(x)
 
     def forward(self, inputs: Tensor) -> Any:
-        return Normed(self, inputs) if _waits(self, inputs) else self.plain(inputs)
+        return Normed(self, inputs) if _waits(self, inputs, "norm") else self.plain(inputs)
 
 
 class GatedFeedForward(Replacement, FeedForward):
@@ -191,7 +192,7 @@ class GatedLinear(Replacement, nn.Linear):
 REPLACEMENTS: dict[type, type] = {cls.replaces: cls for cls in (FusedLayerNorm, FusedFP32LayerNorm, GatedFeedForward, GatedLinear)}
 
 
-def _waits(module: nn.Module, x: Tensor) -> bool:
+def _waits(module: nn.Module, x: Tensor, op: str) -> bool:
     # Inductor fuses these operations by itself. Under autocast a norm may return another dtype than it was given.
     return not (
         torch.compiler.is_compiling()
@@ -199,6 +200,7 @@ def _waits(module: nn.Module, x: Tensor) -> bool:
         or x.dim() != 3
         or is_watched(module)
         or torch.is_autocast_enabled(x.device.type)
+        or not pays(op, x)
     )
 
 

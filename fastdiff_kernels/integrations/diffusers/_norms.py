@@ -9,6 +9,7 @@ from diffusers.models import normalization as host
 from torch import Tensor, nn
 
 from ... import ops
+from .._policy import pays
 from .._swap import Replacement, is_watched
 
 
@@ -56,9 +57,10 @@ class FusedAdaLayerNormContinuous(Replacement, host.AdaLayerNormContinuous):
 
 
 def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) (1 + scale) + shift for x [B, N, C], shift and scale [B, C], in one op where that gives the dtype PyTorch gives."""
+    """norm(x) (1 + scale) + shift for x [B, N, C], shift and scale [B, C], in one op where that pays and gives the dtype PyTorch gives."""
     # A modulation wider than x widens the result in PyTorch, and keeps x's dtype in the op.
-    if x.dim() != 3 or torch.promote_types(x.dtype, shift.dtype) != x.dtype or is_watched(norm):
+    narrow = x.dim() == 3 and torch.promote_types(x.dtype, shift.dtype) == x.dtype
+    if not narrow or is_watched(norm) or not (torch.compiler.is_compiling() or pays("norm", x)):
         return norm(x) * (1 + scale[:, None]) + shift[:, None]
     shift, scale = shift.to(x.dtype), scale.to(x.dtype)
     if isinstance(norm, host.RMSNorm):

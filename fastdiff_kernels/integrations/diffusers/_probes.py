@@ -21,6 +21,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from .. import _swap
+from .._policy import everywhere
 from . import _blocks, _norms, _processors, _resnet
 from ._deferred import Deferred
 
@@ -42,7 +43,8 @@ def difference(replaced: Any) -> str | None:
             before = _flat(module(*args, **kwargs))
             replace(module)
             waited = Deferred.computed
-            after = _flat(module(*args, **kwargs))
+            with everywhere():
+                after = _flat(module(*args, **kwargs))
             if Deferred.computed != waited:
                 return f"this version's {replaced.__name__} does something else between its modules than the one known here"
             if len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=True)):

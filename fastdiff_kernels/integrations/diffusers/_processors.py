@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.attention import MAX_HEAD_DIM
+from .._policy import pays
 from .._swap import is_watched
 from ._deferred import branch
 from ._masks import key_lengths
@@ -271,7 +272,7 @@ def _apply(norm: Any, x: Tensor) -> Tensor:
 def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """The norm of tokens [B, N, C] over their channels."""
     x = x.transpose(1, 2)
-    if torch.compiler.is_compiling() or is_watched(norm):
+    if torch.compiler.is_compiling() or is_watched(norm) or not pays("group_norm", x):
         return norm(x).transpose(1, 2)
     return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, activation=None).transpose(1, 2)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from .._policy import pays
 from .._swap import Replacement, is_watched
 
 _MARK = "_fastdiff_activated"
@@ -23,7 +24,7 @@ class FusedGroupNorm(Replacement, nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         # Inductor fuses a group norm with its surroundings, which it cannot do across an op.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not pays("group_norm", input):
             return super().forward(input)
         return ops.group_norm_silu(input, self.num_groups, self.weight, self.bias, eps=self.eps, activation=None)
 
@@ -34,7 +35,7 @@ class FusedGroupNormSiLU(Replacement, nn.GroupNorm):
     replaces = nn.GroupNorm
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or is_watched(self):
+        if torch.compiler.is_compiling() or is_watched(self) or not pays("group_norm_silu", input):
             return super().forward(input)
         return _marked(ops.group_norm_silu(input, self.num_groups, self.weight, self.bias, eps=self.eps))
 
