@@ -82,3 +82,15 @@ def test_masked_cross_attention_is_the_hosts(kind: str, monkeypatch) -> None:
         actual = case.call(model, inputs=inputs)
         assert [None if found is None else found.tolist() for found in lengths] == [None, [6, 3], None, [6, 3]]
     assert_within_eager(actual, before, truth, factor=3.0)
+
+
+def test_a_mask_in_a_compiled_graph_is_the_hosts_and_said_to_be(monkeypatch) -> None:
+    case = BY_NAME["PixArtTransformer2DModel"]
+    model = case.model()
+    before = case.call(model)
+    patch(model)
+    monkeypatch.setattr(processors, "_said", set())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with pytest.warns(UserWarning, match="an attention mask in a compiled graph is left to diffusers' processor") as said:
+        torch.testing.assert_close(case.call(compiled), before)
+    assert len([w for w in said if "attention mask" in str(w.message)]) == 1

@@ -47,7 +47,7 @@ class FusedAttnProcessor(AttnProcessor2_0):
         if attention_mask is not None:
             lengths = key_lengths(attention_mask, *_keys(hidden_states if encoder_hidden_states is None else encoder_hidden_states))
             if lengths is None:
-                _say_once("an attention mask that is not padding behind the keys is left to diffusers' processor")
+                _say_once(_TRACED if torch.compiler.is_compiling() else _NO_PADDING)
                 return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         residual = hidden_states
         if attn.spatial_norm is not None:
@@ -300,10 +300,18 @@ def _has_choices(processor: Any) -> bool:
     return processor._attention_backend is not None or processor._parallel_config is not None
 
 
+_NO_PADDING = "an attention mask that is not padding behind the keys is left to diffusers' processor"
+_TRACED = (
+    "an attention mask in a compiled graph is left to diffusers' processor: whether it is padding behind the keys is in its values, which "
+    "are not known while the graph is traced"
+)
 _said: set[str] = set()
 
 
-def _say_once(what: str) -> None:
-    if not torch.compiler.is_compiling() and what not in _said:
-        _said.add(what)
-        warnings.warn(what, stacklevel=3)
+@torch.compiler.assume_constant_result  # runs while a graph is traced, and leaves nothing in it
+def _say_once(what: str) -> bool:
+    if what in _said:
+        return False
+    _said.add(what)
+    warnings.warn(what, stacklevel=3)
+    return True
