@@ -1,8 +1,8 @@
 """How many queries and keys a program of attention takes at a time, on how many warps and with how many loads in flight.
 
-An analytic table, not a measured one: the largest blocks whose sums stay in registers, with at least 64 rows to a warp group where a GPU
-multiplies by those. One row is known to spill 32 bytes: the dual kernel at a width of 96 in bfloat16 on capability 120. The table asks for
-the width, the dtype, the GPU and, of the lengths, only for what one sample has: a sample's result does not depend on its batch.
+An analytic table, which measured rows of `_tuned` come before: the largest blocks whose sums stay in registers, with at least 64 rows to a
+warp group where a GPU multiplies by those. The table asks for the width, the dtype, the GPU and, of the lengths, only for what one sample
+has: a sample's result does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._attention_tiles import pieces
+from ._tuned import tuned
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,16 @@ _NARROW_SMALL: _Table = {
     "forward": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     "queries": ((64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
     "keys": ((64, 64, 4, 2), (32, 64, 4, 2), (16, 32, 4, 2), (32, 64, 8, 2), (16, 32, 8, 2), (32, 32, 8, 1)),
-    "dual": ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2), (32, 16, 8, 2)),
+    "dual": ((64, 32, 4, 2), (64, 32, 4, 2), (16, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2), (32, 16, 8, 2)),
 }  # fmt: skip
 
-# float32 is multiplied without tensor cores; a second load in flight also keeps the compiler from holding whole rows in registers.
+# float32 is multiplied without tensor cores; a second load in flight also keeps the compiler from holding whole rows in registers, and the
+# LLVM of Triton 3.9 from an assertion that fails in the dual kernel.
 _WIDE: _Table = {
     "forward": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
     "queries": ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
     "keys": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    "dual": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 2), (16, 16, 8, 2)),
+    "dual": ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
 }  # fmt: skip
 
 LONG = 1024
@@ -72,8 +74,8 @@ def sizes(kernel: str, q: Tensor, gpu: int) -> Sizes:
         return Sizes(64, 32, 4, 2)
     width = sum(pieces(q.shape[3]))
     column = next(i for i, limit in enumerate(_WIDTHS) if width <= limit)
-    if q.dtype == torch.float32:
-        return Sizes(*_WIDE[kernel][column])
     large = gpu in _LARGE
-    long = large and kernel == "forward" and q.shape[1] >= LONG
-    return Sizes(*(_NARROW_LARGE if large else _NARROW_SMALL)["forward, long" if long else kernel][column])
+    if large and kernel == "forward" and q.shape[1] >= LONG and q.dtype != torch.float32:
+        kernel = "forward, long"
+    table = _WIDE if q.dtype == torch.float32 else _NARROW_LARGE if large else _NARROW_SMALL
+    return tuned(f"attention {kernel}", gpu, q.dtype, width, Sizes(*table[kernel][column]))

@@ -52,8 +52,7 @@ def offset(strides, b, n, h, UNIT: tl.constexpr):
 def _pointers(base, strides, start, columns, ROWS: tl.constexpr, UNIT: tl.constexpr):
     """Of a tile that begins at row `start` of a head. Only the beginning is far enough from the base for 64 bits."""
     step = strides[1] * UNIT
-    across = columns if UNIT > 1 else columns * strides[3]
-    return base + tl.cast(start, tl.int64) * step + (tl.arange(0, ROWS)[:, None] * step + across[None, :])
+    return base + tl.cast(start, tl.int64) * step + (tl.arange(0, ROWS)[:, None] * step + columns[None, :])
 
 
 @triton.jit
@@ -105,14 +104,21 @@ def pieces(width: int) -> tuple[int, int]:
     return (head, tail) if head + tail < whole else (whole, 0)
 
 
-def unit(*tensors: Tensor) -> int:
-    """A divisor of all strides that makes rows begin at multiples of 16 bytes; 1 where there is none or columns are not adjacent.
+def unit(x: Tensor) -> int:
+    """Elements in 16 bytes."""
+    return 16 // x.element_size()
 
-    Strides are passed divided by it, so that the compiler sees the alignment: it knows of an argument only whether 16 divides it.
+
+def aligned(x: Tensor) -> Tensor:
+    """x itself where its rows are made of adjacent elements and begin and end at multiples of 16 bytes; otherwise such a copy, padded with
+    zeros. Kernels that read x by single elements would hold many times as many addresses, more than there are registers for.
     """
-    count = 16 // tensors[0].element_size()
-    aligned = all(t.stride(3) == 1 and all(s % count == 0 for s in _outer_strides(t)) for t in tensors)
-    return count if aligned and tensors[0].shape[3] % count == 0 else 1
+    count, width = unit(x), x.shape[3]
+    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(n % count for n in (width, *_outer_strides(x))):
+        return x
+    copy = x.new_zeros((*x.shape[:3], triton.cdiv(width, count) * count))
+    copy[..., :width] = x
+    return copy
 
 
 def _outer_strides(x: Tensor) -> tuple[int, ...]:
@@ -120,9 +126,10 @@ def _outer_strides(x: Tensor) -> tuple[int, ...]:
     return tuple(x.stride(i) if x.shape[i] > 1 else 0 for i in range(3))
 
 
-def strides(x: Tensor, unit: int) -> tuple[int, ...]:
-    """Distances in units from one sample, row and head to the next, and in elements from one column to the next."""
-    return (*(s // unit for s in _outer_strides(x)), x.stride(3))
+def strides(x: Tensor) -> tuple[int, ...]:
+    """Distances from one sample, row and head to the next in units of 16 bytes, so that the compiler sees the alignment: it knows of an
+    argument only whether 16 divides it."""
+    return tuple(s // unit(x) for s in _outer_strides(x))
 
 
 def interpreting() -> bool:

@@ -37,14 +37,14 @@ def _capability(device: torch.device) -> int:
 def launch(
     kernel: triton.JITFunction, programs: int, *args: object, num_warps: int = 4, enable_fp_fusion: bool = True, **constants: object
 ) -> None:
-    """Runs `programs` instances of a kernel (none at all for 0) on the device of the first tensor among args.
+    """Runs `programs` instances of a kernel (none at all for 0) on the device of the first tensor in args.
 
     Fused multiply-adds are on unless a kernel must do without; Triton's own default depends on its version.
     """
     if programs == 0:
         return
     options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion, **constants}
-    tensor = next(a for a in args if isinstance(a, Tensor))
+    tensor = next(t for a in args for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor))
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):
             kernel[(programs,)](*args, **options)

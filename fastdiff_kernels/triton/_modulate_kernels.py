@@ -294,32 +294,3 @@ def _backward_kernel(
     _put_sums(partial, weight_sums, WEIGHT, program, programs, CHANNELS, CHUNK)
     _put_sums(partial, shift_sums, SHIFT, program, programs, CHANNELS, CHUNK)
     _put_sums(partial, scale_sums, SCALE, program, programs, CHANNELS, CHUNK)
-
-
-@triton.jit
-def _add_rows_kernel(
-    partial, outs, groups, rows, SLOTS: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr
-):
-    """For each of outs, sums of its slot over chunks of rows: partial [slots, groups * rows, CHANNELS] -> [groups * chunks, CHANNELS]."""
-    program = tl.program_id(0).to(tl.int64)
-    PIECES: tl.constexpr = (CHANNELS + WIDTH - 1) // WIDTH
-    chunks = tl.cdiv(rows, CHUNK)
-    columns = program % PIECES * WIDTH + tl.arange(0, WIDTH)
-    item = program // PIECES % (groups * chunks)
-    which = program // PIECES // (groups * chunks)
-    slot = which
-    for i in tl.static_range(len(SLOTS)):
-        slot = tl.where(which == i, SLOTS[i], slot)
-    first = item % chunks * CHUNK
-    stop = tl.minimum(first + CHUNK, rows)
-    mask = columns < CHANNELS
-    partial += (slot * groups + item // chunks) * rows * CHANNELS
-    sums = tl.zeros([DEPTH, WIDTH], partial.dtype.element_ty)
-    for start in range(first, stop, DEPTH):
-        r = start + tl.arange(0, DEPTH)
-        inside = (r < stop)[:, None] & mask[None, :]
-        sums += tl.load(partial + r[:, None].to(tl.int64) * CHANNELS + columns[None, :], mask=inside, other=0.0)
-    total = tl.sum(sums, 0)
-    for i in tl.static_range(len(SLOTS)):
-        if which == i:
-            tl.store(outs[i] + item * CHANNELS + columns, total, mask=mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -57,37 +59,40 @@ def sum_samples(
 
 
 @triton.jit
-def _add_rows_kernel(partial, out, rows, channels, CHUNK: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
-    """Sums of [groups, rows, channels] over chunks of rows -> [groups, chunks, channels]."""
+def _add_rows_kernel(
+    partials, outs, groups, rows, chunks, channels, CHUNK: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr
+):  # fmt: skip
+    """Sums of each of partials [groups, rows, channels] over chunks of rows -> its out [groups, chunks, channels]."""
     program = tl.program_id(0).to(tl.int64)
     pieces = tl.cdiv(channels, WIDTH)
-    chunks = tl.cdiv(rows, CHUNK)
-    item = program // pieces
     columns = program % pieces * WIDTH + tl.arange(0, WIDTH)
+    item = program // pieces % (groups * chunks)
+    which = program // pieces // (groups * chunks)
     first = item % chunks * CHUNK
     stop = tl.minimum(first + CHUNK, rows)
     mask = columns < channels
-    partial += item // chunks * rows * channels
-    sums = tl.zeros([DEPTH, WIDTH], partial.dtype.element_ty)
-    for start in range(first, stop, DEPTH):
-        r = start + tl.arange(0, DEPTH)
-        inside = (r < stop)[:, None] & mask[None, :]
-        sums += tl.load(partial + r[:, None].to(tl.int64) * channels + columns[None, :], mask=inside, other=0.0)
-    tl.store(out + item * channels + columns, tl.sum(sums, 0), mask=mask)
+    for i in tl.static_range(len(partials)):
+        if which == i:
+            of_group = partials[i] + item // chunks * rows * channels
+            sums = tl.zeros([DEPTH, WIDTH], of_group.dtype.element_ty)
+            for start in range(first, stop, DEPTH):
+                r = start + tl.arange(0, DEPTH)
+                inside = (r < stop)[:, None] & mask[None, :]
+                sums += tl.load(of_group + r[:, None].to(tl.int64) * channels + columns[None, :], mask=inside, other=0.0)
+            tl.store(outs[i] + item * channels + columns, tl.sum(sums, 0), mask=mask)
 
 
-def add_rows(partial: Tensor, argument: Tensor) -> Tensor:
-    """The gradient of an argument [C] or [B, C] from partial sums [rows, C], those of a sample next to each other; the zero of no rows."""
-    groups = argument.shape[0] if argument.dim() > 1 else 1
-    channels = partial.shape[1]
-    if partial.numel() == 0:
-        return argument.new_zeros(argument.shape)
-    rows = partial.shape[0] // groups
-    while True:
-        chunks = triton.cdiv(rows, ROWS_PER_CHUNK)
-        out = argument.new_empty(argument.shape) if chunks == 1 else partial.new_empty((groups * chunks, channels))
-        programs = groups * chunks * triton.cdiv(channels, 64)
-        launch(_add_rows_kernel, programs, partial, out, rows, channels, CHUNK=ROWS_PER_CHUNK, WIDTH=64, DEPTH=16)
+def add_rows(partials: Sequence[Tensor], groups: int, outs: Sequence[Tensor]) -> None:
+    """Adds the rows of each group, those next to each other, of every one of partials [groups * rows, C] into its out of groups * C."""
+    while partials:
+        rows, channels = partials[0].shape[0] // groups, partials[0].shape[1]
+        chunks = max(1, triton.cdiv(rows, ROWS_PER_CHUNK))
+        into = outs if chunks == 1 else [p.new_empty((groups * chunks, channels)) for p in partials]
+        programs = len(partials) * groups * chunks * triton.cdiv(channels, 64)
+        launch(
+            _add_rows_kernel, programs, tuple(partials), tuple(into), groups, rows, chunks, channels,
+            CHUNK=ROWS_PER_CHUNK, WIDTH=64, DEPTH=16,
+        )  # fmt: skip
         if chunks == 1:
-            return out
-        partial, rows = out, chunks
+            return
+        partials = into

@@ -16,18 +16,18 @@ from ._attention_backward import key_kernel, query_kernel
 from ._attention_dual import dual_kernel
 from ._attention_forward import forward_kernel
 from ._attention_sizes import INTERPRETER, Sizes, separate, sizes
-from ._attention_tiles import arithmetic, interpreting, pieces, strides, unit
+from ._attention_tiles import aligned, arithmetic, interpreting, pieces, strides, unit
 from ._common import absent, capability, launch
 
 
-def _constants(q: Tensor, unit: int, s: Sizes, even: bool) -> dict[str, Any]:
+def _constants(q: Tensor, s: Sizes, even: bool) -> dict[str, Any]:
     """What every kernel is compiled for; `even` where its loop has whole blocks alone."""
     head, tail = pieces(q.shape[3])
     return {
         "HEAD": head,
         "TAIL": tail,
         "WIDTH": q.shape[3],
-        "UNIT": unit,
+        "UNIT": unit(q),
         "EVEN": even,
         "BLOCK_M": s.queries,
         "BLOCK_N": s.keys,
@@ -56,30 +56,38 @@ def _programs(x: Tensor, rows: int) -> int:
     return x.shape[0] * x.shape[2] * triton.cdiv(x.shape[1], rows)
 
 
+def _result(x: Tensor | None, like: Tensor) -> Tensor:
+    """x without the columns that `like` has been padded by."""
+    return absent(like) if x is None else x[..., : like.shape[3]].contiguous()
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    given = q
+    q, k, v = map(aligned, (q, k, v))
     out, lse = q.new_empty(q.shape), _per_query(q)
-    step, s = unit(q, k, v, out), sizes("forward", q, _gpu(q))
+    s = sizes("forward", q, _gpu(q))
     launch(
-        forward_kernel, _programs(q, s.queries), q, k, v, key_lengths, out, lse, *(strides(x, step) for x in (q, k, v, out)),
-        scale, q.shape[1], k.shape[1], q.shape[2], NEGATIVE=scale < 0, **_constants(q, step, s, _whole_blocks(k, key_lengths, s)),
+        forward_kernel, _programs(q, s.queries), q, k, v, key_lengths, out, lse, *map(strides, (q, k, v, out)),
+        scale, q.shape[1], k.shape[1], q.shape[2], NEGATIVE=scale < 0, **_constants(q, s, _whole_blocks(k, key_lengths, s)),
     )  # fmt: skip
-    return out, lse
+    return _result(out, given), lse
 
 
 def attention_backward(
     grad: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None,
     output: Tensor, lse: Tensor, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    given = q
+    q, k, v, output = map(aligned, (q, k, v, output))
+    grad = torch.zeros_like(output) if grad is None else aligned(grad)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) if need else None for x, need in zip((q, k, v), needs, strict=True))
-    grad = torch.zeros_like(output) if grad is None else grad
     lse, delta = lse.contiguous(), _per_query(q)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    step = unit(grad, q, k, v, output, *(g for g in (grad_q, grad_k, grad_v) if g is not None))
     s, numbers = sizes("queries", q, _gpu(q)), (scale, q.shape[1], k.shape[1], q.shape[2])
     written = grad_q if grad_q is not None else output
     launch(
         query_kernel, _programs(q, s.queries), grad, grad_lse, q, k, v, key_lengths, output, lse, delta, grad_q,
-        *(strides(x, step) for x in (grad, q, k, v, output, written)), *numbers, **_constants(q, step, s, _whole_blocks(k, key_lengths, s)),
+        *map(strides, (grad, q, k, v, output, written)), *numbers, **_constants(q, s, _whole_blocks(k, key_lengths, s)),
     )  # fmt: skip
     s = sizes("keys", q, _gpu(q))
     for to_k, to_v in ((grad_k, None), (None, grad_v)) if separate(q, _gpu(q)) else ((grad_k, grad_v),):
@@ -88,22 +96,23 @@ def attention_backward(
             continue
         launch(
             key_kernel, _programs(k, s.keys), grad, q, k, v, key_lengths, lse, delta, to_k, to_v,
-            *(strides(x, step) for x in (grad, q, k, v, like)), *numbers,
-            **_constants(q, step, s, q.shape[1] % s.queries == 0),
+            *map(strides, (grad, q, k, v, like)), *numbers, **_constants(q, s, q.shape[1] % s.queries == 0),
         )  # fmt: skip
-    q_result, k_result, v_result = (absent(q) if g is None else g for g in (grad_q, grad_k, grad_v))
-    return q_result, k_result, v_result
+    return _result(grad_q, given), _result(grad_k, given), _result(grad_v, given)
 
 
 def attention_dual(
     q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None, t_q: Tensor | None, t_k: Tensor | None, t_v: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = q
+    q, k, v = map(aligned, (q, k, v))
+    t_q, t_k, t_v = (None if t is None else aligned(t) for t in (t_q, t_k, t_v))
     out, lse, t_out, t_lse = q.new_empty(q.shape), _per_query(q), q.new_empty(q.shape), _per_query(q)
-    tangents = tuple(x if t is None else t for t, x in ((t_q, q), (t_k, k), (t_v, v)))
-    step, s = unit(q, k, v, *tangents, out), sizes("dual", q, _gpu(q))
+    tangents = (x if t is None else t for t, x in ((t_q, q), (t_k, k), (t_v, v)))
+    s = sizes("dual", q, _gpu(q))
     launch(
         dual_kernel, _programs(q, s.queries), q, k, v, key_lengths, t_q, t_k, t_v, out, lse, t_out, t_lse,
-        *(strides(x, step) for x in (q, k, v, *tangents, out)), scale, q.shape[1], k.shape[1], q.shape[2],
-        NEGATIVE=scale < 0, **_constants(q, step, s, _whole_blocks(k, key_lengths, s)),
+        *map(strides, (q, k, v, *tangents, out)), scale, q.shape[1], k.shape[1], q.shape[2],
+        NEGATIVE=scale < 0, **_constants(q, s, _whole_blocks(k, key_lengths, s)),
     )  # fmt: skip
-    return out, lse, t_out, t_lse
+    return _result(out, given), lse, _result(t_out, given), t_lse

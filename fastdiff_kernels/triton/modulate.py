@@ -1,7 +1,7 @@
 """adaLN glue on GPU: launchers of the kernels in _modulate_kernels.py.
 
 Rows are independent in the forward pass. In the backward pass a program takes rows of one sample and sums over them in registers what is
-shared; `_add_rows_kernel` then adds what the programs left, in their order. No result depends on the batch or on timing.
+shared; `add_rows` then adds what the programs left, in their order. No result depends on the batch or on timing.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import absent, compute_dtype, launch
-from ._modulate_kernels import _add_rows_kernel, _backward_kernel, _forward_kernel
+from ._common import absent, capability, compute_dtype, launch
+from ._modulate_kernels import _backward_kernel, _forward_kernel
+from ._sums import add_rows
+from ._tuned import tuned
 
-# Rows whose partial sums one program adds.
-_CHUNK = 256
 # Channels beyond which a thread of the backward pass takes twice as many, with no registers left for the next row.
 _WIDE = 4096
 
@@ -138,7 +138,7 @@ def _forward(call: Call) -> tuple[Tensor, ...]:
     if x.numel() == 0:
         return outputs
     operands = (_unit_stride(x), _unit_stride(call.branch), call.gate, call.weight, call.shift, call.scale)
-    tile = _forward_tile(channels, x.dtype)
+    tile = tuned("modulate forward", capability(x), x.dtype, channels, _forward_tile(channels, x.dtype))
     launch(
         _forward_kernel, triton.cdiv(rows, tile.rows), *operands, call.table, hidden, modulated,
         *(_strides(o, tokens) for o in operands), _table_strides(call.table), rows, tokens,
@@ -166,7 +166,7 @@ def _backward(call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | N
     rows = _rows_per_program(tokens)
     programs = batch * triton.cdiv(tokens, rows)
     partial = x.new_empty((len(slots), programs, channels), dtype=compute_dtype(x)) if slots else None
-    tile = _backward_tile(channels, x.dtype)
+    tile = tuned("modulate backward", capability(x), x.dtype, channels, _backward_tile(channels, x.dtype))
     operands = (*map(_unit_stride, (grad_hidden, grad_modulated, x, call.branch)), call.gate, call.weight, call.scale)
     into = [grads.get(name) if name in ("x", "branch") or name in by_row else None for name in ("x", "branch", "gate", "shift", "scale")]
     # Wide rows of four bytes, or beside a weight, leave room for two sums; the third takes a pass of its own.
@@ -184,29 +184,12 @@ def _backward(call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | N
             WIDE=_fills_registers(channels, x.dtype), num_warps=tile.warps,
         )  # fmt: skip
     if partial is not None:
-        by_sample = {slots[name]: grads[name] for name in shared if wanted[name].dim() > 1}
+        by_sample = [name for name in shared if wanted[name].dim() > 1]
         over_all = [(slots[name], grads[name]) for name in shared if wanted[name].dim() == 1]
-        _add_rows(partial, batch, list(by_sample), list(by_sample.values()))
         over_all += [(slots[name], row) for name, row in table.items()]
-        _add_rows(partial, 1, [slot for slot, _ in over_all], [out for _, out in over_all])
+        add_rows([partial[slots[name]] for name in by_sample], batch, [grads[name] for name in by_sample])
+        add_rows([partial[slot] for slot, _ in over_all], 1, [out for _, out in over_all])
     return grads
-
-
-def _add_rows(partial: Tensor, groups: int, slots: list[int], outs: list[Tensor]) -> None:
-    """Adds the rows of each group in the named slots of partial [slots, groups * rows, C]; each of outs has groups * C elements."""
-    channels = partial.shape[2]
-    while slots:
-        rows = partial.shape[1] // groups
-        chunks = triton.cdiv(rows, _CHUNK)
-        step = None if chunks == 1 else partial.new_empty((len(slots), groups * chunks, channels))
-        into = tuple(outs) if step is None else step.unbind()
-        launch(
-            _add_rows_kernel, len(slots) * groups * chunks * triton.cdiv(channels, 64), partial, into, groups, rows,
-            SLOTS=tuple(slots), CHANNELS=channels, CHUNK=_CHUNK, WIDTH=64, DEPTH=16,
-        )  # fmt: skip
-        if step is None:
-            return
-        partial, slots = step, list(range(len(slots)))
 
 
 def _gradients(

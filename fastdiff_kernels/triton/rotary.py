@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import absent, compute_dtype, launch, widen
+from ._common import absent, capability, compute_dtype, launch, widen
 from ._sums import add_rows
+from ._tuned import tuned
 
 
 @dataclass(frozen=True)
@@ -319,8 +321,15 @@ def _plan(q: Tensor, k: Tensor, norm: str | None, rope: str | None, eps: float) 
     )  # fmt: skip
 
 
-def _warps(plan: _Plan) -> int:
-    return max(1, min(16, plan.rows * plan.block // 256))
+class Warps(NamedTuple):
+    """Of a program."""
+
+    warps: int
+
+
+def _warps(kernel: str, q: Tensor, plan: _Plan) -> int:
+    size = plan.rows * plan.block
+    return tuned(f"rotary {kernel}, {plan.order}", capability(q), q.dtype, size, Warps(max(1, min(16, size // 256)))).warps
 
 
 def _tiles(x: Tensor, plan: _Plan) -> int:
@@ -371,7 +380,7 @@ def _forward(
     launch(
         _forward_kernel, q_programs + k_programs * (1 if v is None else 2),
         *inputs, *_dense(q_weight, k_weight), cos, sin, *outputs, *strides, *angle_strides, q.shape[1], k.shape[1], q_programs, k_programs,
-        PLAN=plan, LAYOUT=layout, ANGLES=angles, num_warps=_warps(plan),
+        PLAN=plan, LAYOUT=layout, ANGLES=angles, num_warps=_warps("forward", q, plan),
     )  # fmt: skip
     return tuple(out for out in outputs if out is not None)
 
@@ -405,9 +414,12 @@ def _backward(
         _backward_kernel, q_programs + k_programs * (1 if v is None else 2),
         *upstream, *inputs, *_dense(q_weight, k_weight), cos, sin, *found, *partial,
         *grad_strides, *strides, *angle_strides, q.shape[1], k.shape[1], q_tiles, k_tiles, tiles_each, q_programs, k_programs,
-        PLAN=plan, LAYOUT=layout, GRADS=grad_layout, ANGLES=angles, num_warps=_warps(plan),
+        PLAN=plan, LAYOUT=layout, GRADS=grad_layout, ANGLES=angles, num_warps=_warps("backward", q, plan),
     )  # fmt: skip
-    totals = [None if p is None or w is None else add_rows(p, w) for p, w in zip(partial, (q_weight, k_weight), strict=True)]
+    totals = [None if p is None or w is None else w.new_empty(w.shape) for p, w in zip(partial, (q_weight, k_weight), strict=True)]
+    for p, total in zip(partial, totals, strict=True):
+        if p is not None and total is not None:
+            add_rows([p], 1, [total])
     return [absent(q) if grad is None else grad for grad in (*found, *totals)]
 
 

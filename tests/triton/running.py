@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import re
 import subprocess
@@ -66,36 +67,63 @@ class _NoDriver:
         return 0
 
 
-def compile_launches(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Binary]:
-    """Compiles every launch that call() makes through a family's `launch`, specialised as the launch itself would be, for every capability.
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel as Triton would specialise it, with the arguments themselves forgotten."""
 
-    call() gets CPU tensors; nothing runs, so what it returns is not written. It is called once for each capability, which a launcher that
-    asks `_common.capability` is told.
+    kernel: triton.JITFunction
+    args: tuple
+    options: dict
+
+    def compile(self, capability: int) -> Binary:
+        with mock.patch.object(triton.runtime.driver, "_active", _NoDriver(capability)):
+            compiled = self.kernel.warmup(*self.args, grid=(1,), **self.options)
+        usage = _resource_usage(compiled.asm["cubin"])
+        return Binary(self.kernel.__name__, capability, usage["REG"], usage["STACK"], usage["SHARED"] + compiled.metadata.shared)
+
+
+def record_launches(call: Callable[[], object], capability: int, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches that call() makes through a family's `launch` on a GPU of a capability, which a launcher may ask `_common.capability`.
+
+    call() gets tensors on the CPU or without data; nothing runs, so what it returns is not written.
     """
-    launches: list[tuple] = []
+    launches = []
 
     def record(kernel, _programs, *args, num_warps=4, enable_fp_fusion=True, **constants):
-        launches.append((kernel, args, {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion, **constants}))
+        options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion, **constants}
+        launches.append(Launch(kernel, tuple(map(_stand_in, args)), options))
 
-    modules = [m for name, m in sys.modules.items() if name.startswith("fastdiff_kernels.triton.") and hasattr(m, "launch")]
-    found = []
-    for capability in CAPABILITIES:
-        launches.clear()
-        for module in modules:
-            monkeypatch.setattr(module, "launch", record)
+    with monkeypatch.context() as patch:
+        for module in [m for name, m in sys.modules.items() if name.startswith("fastdiff_kernels.triton.") and hasattr(m, "launch")]:
+            patch.setattr(module, "launch", record)
             if hasattr(module, "capability"):
-                monkeypatch.setattr(module, "capability", lambda _tensor, capability=capability: capability)
+                patch.setattr(module, "capability", lambda _tensor: capability)
         call()
-        assert launches, "the call launched no kernel"
-        found += [(i, _compile(*launch, capability)) for i, launch in enumerate(launches)]
+    assert launches, "the call launched no kernel"
+    return launches
+
+
+@functools.cache
+def _elements(dtype: torch.dtype, aligned: bool) -> torch.Tensor:
+    return torch.empty(32, dtype=dtype)[0 if aligned else 1 :]
+
+
+def _stand_in(arg: object) -> object:
+    """What a kernel is compiled for in an argument: of a tensor its dtype, and whether it begins at a multiple of 16 bytes."""
+    if isinstance(arg, torch.Tensor):
+        begins = arg.storage_offset() * arg.element_size() if arg.is_meta else arg.data_ptr()
+        return _elements(arg.dtype, begins % 16 == 0)
+    return tuple(map(_stand_in, arg)) if type(arg) is tuple else arg
+
+
+def compile_launches(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Binary]:
+    """Compiles the launches of `record_launches` for every capability; the first launch's binaries come first."""
+    found = [
+        (i, launch.compile(capability))
+        for capability in CAPABILITIES
+        for i, launch in enumerate(record_launches(call, capability, monkeypatch))
+    ]
     return [binary for _, binary in sorted(found, key=lambda item: item[0])]
-
-
-def _compile(kernel: triton.JITFunction, args: tuple, options: dict, capability: int) -> Binary:
-    with mock.patch.object(triton.runtime.driver, "_active", _NoDriver(capability)):
-        compiled = kernel.warmup(*args, grid=(1,), **options)
-    usage = _resource_usage(compiled.asm["cubin"])
-    return Binary(kernel.__name__, capability, usage["REG"], usage["STACK"], usage["SHARED"] + compiled.metadata.shared)
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

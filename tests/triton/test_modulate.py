@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdiff_kernels.reference import modulate as definition
-from fastdiff_kernels.triton import modulate
+from fastdiff_kernels.triton import _sums, modulate
 from tests.helpers import assert_bitwise, assert_within_eager, outputs_of
 from tests.triton.running import check_budgets, run_interpreted
 
@@ -159,7 +159,7 @@ def test_a_samples_result_does_not_depend_on_its_batch(device):
 
 @pytest.mark.executes
 def test_long_sums_are_added_in_stages(device, monkeypatch):
-    monkeypatch.setattr(modulate, "_CHUNK", 2)
+    monkeypatch.setattr(_sums, "ROWS_PER_CHUNK", 2)
     for name, args in calls_of((3, 19, 8), ("BC", "C", "B1C"), torch.float32, torch.float32, device)[:3]:
         upstream = upstream_of(name, args[0])
         results = launched(name, args, upstream), defined(name, args, upstream, None), defined(name, args, upstream, torch.float64)
