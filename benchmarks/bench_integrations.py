@@ -1,9 +1,13 @@
-"""Models of diffusers end to end, patched and not: one forward of a small network of each class on a CPU, of the real widths on a GPU."""
+"""Models of diffusers end to end, patched and not, eager and compiled: small networks of each class on a CPU, of the real widths on a GPU.
+
+On a CPU the compiler takes minutes for all of them, so that `--quick` compiles the forward pass of one.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,7 +15,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Case, Workload
 from fastdiff_kernels.integrations.diffusers import patch
 
 GPU = torch.cuda.is_available()
@@ -163,17 +167,23 @@ def provider(name: str, patched: bool, compiled: bool = False) -> Callable[[Tens
 
 def workload(name: str) -> Workload:
     shape = NETWORKS[name][1]
-    # On a CPU the compiler takes minutes for a network, which is then bound by its matrix products.
-    compiled = {"compile": provider(name, False, True), "ours+compile": provider(name, True, True)} if GPU else {}
     return Workload(
         "diffusers", name, shape, lambda: [torch.randn(shape)], provider(name, False), provider(name, True), gradients=(0,),
-        rivals=compiled, factor=8.0, compiled=False, captured=False, streams=False,
-        dtypes=(torch.float32, torch.bfloat16),
+        factor=8.0, compiled=False, dtypes=(torch.float32, torch.bfloat16),
     )  # fmt: skip
 
 
 WORKLOADS = [workload(name) for name in NETWORKS]
 
 
-def test_speed(case, measure):
+def with_compiled(case: Case) -> Case:
+    name = case.workload.network
+    compiled = {"compile": provider(name, False, True), "ours+compile": provider(name, True, True)}
+    return replace(case, workload=replace(case.workload, rivals=compiled))
+
+
+def test_speed(case: Case, measure, request) -> None:
+    quick = request.config.getoption("--quick") and not GPU
+    if not quick or (case.workload.network, case.mode) == ("DiT", "forward"):
+        case = with_compiled(case)
     measure(case)

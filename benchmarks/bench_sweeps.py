@@ -59,19 +59,20 @@ def lcss_loss(side: int) -> Workload:
     )  # fmt: skip
 
 
-def solve(sigmas, costs):
+def solve(sigmas, costs, steps):
     """NumPy and SciPy."""
     increments = costs.numpy(force=True)
     length = np.concatenate(([0.0], np.cumsum(np.sqrt(increments))))
-    solved = PchipInterpolator(length, sigmas.numpy(force=True))(np.arange(19) / 18 * length[-1])
+    solved = PchipInterpolator(length, sigmas.numpy(force=True))(np.arange(steps + 1) / steps * length[-1])
     return torch.from_numpy(solved).to(sigmas.device, sigmas.dtype)
 
 
-def schedule(knots: int) -> Workload:
+def schedule(variable: str, knots: int, steps: int) -> Workload:
+    value = {"knots": knots, "steps": steps}[variable]
     return Workload(
-        "integrate_schedule", "sweep", f"knots={knots}",
+        "integrate_schedule", "sweep", f"{variable}={value}",
         lambda: [torch.linspace(80, 0.002, knots + 1), torch.rand(knots) + 0.5],
-        solve, lambda sigmas, costs: ops.integrate_schedule(sigmas, costs, 18),
+        lambda sigmas, costs: solve(sigmas, costs, steps), lambda sigmas, costs: ops.integrate_schedule(sigmas, costs, steps),
         compiled=False, captured=False, factor=FACTOR, dtypes=FLOAT32,
     )  # fmt: skip
 
@@ -83,7 +84,8 @@ WORKLOADS = [
     *(attention("N", tokens, 72) for tokens in (64, 256, 1024)),
     *(attention("D", 256, width) for width in (40, 72, 128, 256)),
     *(lcss_loss(side) for side in (8, 32, 128)),
-    *(schedule(knots) for knots in (100, 10_000, 1_000_000)),
+    *(schedule("knots", knots, 18) for knots in (100, 10_000, 1_000_000)),
+    *(schedule("steps", 10_000, steps) for steps in (10, 100, 1000)),
 ]
 
 

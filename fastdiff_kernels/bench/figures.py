@@ -26,31 +26,43 @@ def _speedups(op: str, cases: Sequence[dict[str, Row]], path: Path) -> Path:
     names = sorted({name for providers in cases for name in providers if name != "eager"}, key=lambda n: (n != "compile", n == "ours", n))
     colours = dict(zip([n for n in names if n not in _COLOURS], _OTHERS * len(names), strict=False)) | _COLOURS
     height = 1 / (len(names) + 0.7)
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.17 * len(cases) * (len(names) + 0.7)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.17 * len(cases) * (max(len(names), 2) + 0.7)), layout="constrained")
     for j, provider in enumerate(names):
         have = [(i, providers[provider].x_eager) for i, providers in enumerate(cases) if provider in providers]
         places = [i + (j - (len(names) - 1) / 2) * height for i, _ in have]
-        bars = axes.barh(places, [x for _, x in have], height, label=provider, color=colours[provider])
-        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+        # From 1, so that what loses goes to the other side.
+        axes.barh(places, [x - 1 for _, x in have], height, left=1, label=provider, color=colours[provider])
+        for place, (_, x) in zip(places, have, strict=True):
+            axes.annotate(
+                f"{x:.2f}", (x, place), xytext=(3 if x >= 1 else -3, 0), textcoords="offset points",
+                va="center", ha="left" if x >= 1 else "right", fontsize=8,
+            )  # fmt: skip
     axes.axvline(1, color=_COLOURS["eager"], linewidth=1)
-    labels = [" ".join(part for part in providers["eager"].case[2:] if part) for providers in cases]
+    labels = [_label(providers["eager"]) for providers in cases]
     axes.set_yticks(range(len(cases)), labels, fontsize=8)
     axes.set_ylim(len(cases) - 0.4, -0.6)
     axes.set_xscale("log", base=2)
     speedups = [row.x_eager for providers in cases for row in providers.values()]
-    axes.set_xlim(0.85 * min(1.0, *speedups), 1.4 * max(2.0, *speedups))
+    axes.set_xlim(0.75 * min(0.8, *speedups), 1.4 * max(2.0, *speedups))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_title(f"{op}: times faster than eager PyTorch, turn by turn in one run", fontsize=10, loc="left")
+    axes.set_title(f"{op}: times as fast as eager PyTorch, turn by turn in one run", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    figure.legend(loc="outside upper right", frameon=False, fontsize=8, ncols=len(names))
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
 
 
+def _label(row: Row) -> str:
+    """A case's network above its shape, dtype and mode."""
+    what = " ".join(part for part in row.case[3:] if part)
+    return f"{row.network}\n{what}" if row.network else what
+
+
 def cost_figures(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
     """Lines: time against one size, for every op and size that was swept; a sweep's shape reads like "C=1152"."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     sweeps: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
@@ -65,9 +77,16 @@ def cost_figures(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
             colour = _COLOURS.get(provider) or _OTHERS[i % len(_OTHERS)]
             axes.loglog(sizes, middle, marker="o", markersize=4, label=provider, color=colour)
             axes.fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
+        sizes = sorted({float(row.shape.partition("=")[2]) for row in swept})
+        axes.set_xticks(sizes, [f"{size:g}" if size < 1e5 else f"{size:.0e}" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        # Where no power of ten is in sight, two of these are.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(variable)
         axes.set_ylabel("milliseconds")
-        axes.set_title(f"{op}, {dtype}, {mode}", fontsize=10)
+        axes.set_title(f"{op} over {variable}, {dtype}, {mode}", fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         path = folder / f"{name}_{op}_{variable}_{dtype}_{mode.replace('+', '_')}.png"

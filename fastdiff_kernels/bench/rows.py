@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,18 @@ class Row:
     x_eager: float
     x_compile: float | None
     x_best_rival: float | None
+    gb_per_s: float | None
     of_copy: float | None
+    tflop_per_s: float | None
     of_matmul: float | None
+    launch_bound: bool
     peak_mb: float | None
+    s_per_1000: float | None = None
+    """Seconds for a thousand samples, where samples were drawn."""
+    timed: str = ""
+    clock_mhz: float | None = None
+    absent: str = ""
+    """Libraries that were not installed, and so were not compared with."""
 
     @property
     def case(self) -> tuple[str, ...]:
@@ -45,7 +55,9 @@ class Row:
 
 
 _NUMBERS = ("p20_ms", "p50_ms", "p80_ms", "x_eager")
-_OPTIONAL = ("x_compile", "x_best_rival", "of_copy", "of_matmul", "peak_mb")
+_OPTIONAL = ("x_compile", "x_best_rival", "gb_per_s", "of_copy", "tflop_per_s", "of_matmul", "peak_mb", "s_per_1000", "clock_mhz")
+# Columns that earlier files do not have.
+_LATER = ("s_per_1000", "timed", "clock_mhz", "absent")
 
 
 def read(path: str | Path) -> list[Row]:
@@ -57,17 +69,17 @@ def read(path: str | Path) -> list[Row]:
     """
     with Path(path).open(newline="") as file:
         reader = csv.DictReader(file)
-        missing = [name for name in Row.__dataclass_fields__ if name not in (reader.fieldnames or ())]
+        missing = [name for name in Row.__dataclass_fields__ if name not in (*(reader.fieldnames or ()), *_LATER)]
         if missing:
             raise ValueError(f"{path}: not a file of benchmark rows, the columns {', '.join(missing)} are missing")
         return [_row(values) for values in reader]
 
 
 def _row(values: dict[str, str]) -> Row:
-    kept = {name: values[name] for name in Row.__dataclass_fields__}
-    numbers = {name: float(kept[name]) for name in _NUMBERS}
-    optional = {name: float(kept[name]) if kept[name] else None for name in _OPTIONAL}
-    return Row(**{**kept, **numbers, **optional})  # type: ignore[arg-type]
+    kept: dict[str, Any] = {name: values.get(name, "") for name in Row.__dataclass_fields__}
+    kept |= {name: float(kept[name]) for name in _NUMBERS}
+    kept |= {name: float(kept[name]) if kept[name] else None for name in _OPTIONAL}
+    return Row(**kept | {"launch_bound": kept["launch_bound"] == "True"})
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import csv
+import html
+import json
 import re
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.harness import FIELDS
+from benchmarks.timing import Times
 from fastdiff_kernels.bench import compare, report, rows
 from fastdiff_kernels.cli import main
 
@@ -69,6 +76,74 @@ def test_a_page_with_figures(tmp_path):
     assert "N=64" not in page, "sweeps are drawn, not listed"
 
 
+def sampled(provider: str, seconds: float, x: float) -> dict:
+    return measured(provider, 5, op="sampling", shape="B=1, 4 of 50 steps", x_eager=x, s_per_1000=seconds, absent="liger apex")
+
+
+def test_samples_end_to_end_have_a_table_of_their_own(tmp_path):
+    """Every way to a thousand samples, with what was not there to compare with."""
+    samples = [sampled("eager", 6000, 1.0), sampled("ours", 6100, 0.98), sampled("ours, one step", 98.7, 60.8)]
+    path = write(tmp_path / "rows.csv", *samples)
+    text = report.markdown(rows.read(path))
+    assert "| DiT-XL/2 | B=1, 4 of 50 steps | float32 | eager | 6,000 | 1.00 |" in text
+    assert "| ours | 6,100 | 0.98 (loses) |" in text
+    assert "| ours, one step | 98.7 | 60.80 |" in text
+    assert "| sampling |" not in text
+    assert "Not installed, so not compared with: apex, liger." in text
+    page = report.write(rows.read(path), tmp_path / "out").read_text()
+    assert page.index("Samples, end to end") < page.index("Ops, blocks and steps")
+    assert '<td class="n loses">0.98 (loses)</td>' in page
+
+
+def test_what_was_there_in_one_case_was_there(tmp_path):
+    path = write(tmp_path / "rows.csv", measured("eager", 10, absent="liger apex"), measured("ours", 5, absent="apex"))
+    assert "Not installed, so not compared with: apex." in report.markdown(rows.read(path))
+
+
+def test_files_without_the_later_columns_can_be_read(tmp_path):
+    path = tmp_path / "rows.csv"
+    columns = [name for name in FIELDS if name not in ("s_per_1000", "timed", "clock_mhz", "absent", "megabytes", "gigaflop")]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows([measured("eager", 10), measured("ours", 5, launch_bound=True)])
+    _, ours = rows.read(path)
+    assert (ours.s_per_1000, ours.clock_mhz, ours.timed, ours.launch_bound) == (None, None, "", True)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# What a page says of itself once it is laid out, put where --dump-dom shows it.
+ASK = """<script>onload = () => { document.title = JSON.stringify({
+    broken: [...document.images].filter(i => !i.naturalWidth).length,
+    pictures: [...document.images].map(i => Math.round(i.clientWidth)),
+    text: Math.min(...[...document.querySelectorAll("td,th,p")].map(e => parseFloat(getComputedStyle(e).fontSize))),
+    across: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+}) }</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome is installed")
+@pytest.mark.parametrize("width", [1400, 500])
+def test_the_page_opens_in_a_browser(tmp_path, width):
+    """Its pictures load and are drawn no smaller than they can be read; what is wide scrolls by itself, and the page does not."""
+    swept = [measured(p, ms, network=report.SWEEP, shape=f"N={n}") for p in ("eager", "ours") for n, ms in ((64, 1), (256, 9))]
+    path = write(
+        tmp_path / "rows.csv", measured("eager", 10), measured("compile", 8), measured("ours", 5), sampled("eager", 60, 1.0), *swept
+    )
+    page = report.write(rows.read(path), tmp_path / "out")
+    page.write_text(page.read_text() + ASK)
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--window-size={width},2000", "--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    told = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1]))
+    assert told["broken"] == 0
+    assert told["across"] == 0
+    assert told["text"] >= 12
+    speedups, sweep = told["pictures"]
+    assert speedups >= 640
+    assert sweep >= 350
+
+
 def test_tables_go_between_the_marks(tmp_path):
     path = write(tmp_path / "rows.csv", measured("eager", 10), measured("ours", 5))
     target = tmp_path / "README.md"
@@ -94,6 +169,36 @@ def test_a_change_is_one_only_beyond_the_noise(tmp_path, ms, spread, verdict):
     assert change.verdict == verdict
     assert change.ratio == pytest.approx(ms / 5)
     assert main(["bench", "compare", str(a), str(b)]) == int(verdict == "slower")
+
+
+def verdicts(factor: float, noise: float, runs: int = 100, samples: int = 25) -> list[str]:
+    """What is said of pairs of runs, the second `factor` times as slow, on a machine whose times vary by `noise` and drift between runs."""
+    random = np.random.default_rng(0)
+
+    def run(folder: Path, name: str, factor: float) -> list[rows.Row]:
+        drift = random.lognormal(0, 0.2)
+        eager, ours = (Times(tuple(drift * t * random.lognormal(0, noise, samples))) for t in (10.0, 5.0 * factor))
+        found = [
+            {**COMMON, "provider": provider, "p20_ms": t.quantile(0.2), "p50_ms": t.median, "p80_ms": t.quantile(0.8),
+             "x_eager": eager.median / t.median}
+            for provider, t in (("eager", eager), ("ours", ours))
+        ]  # fmt: skip
+        return rows.read(write(folder / name, *found))
+
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = [(run(Path(folder), "a.csv", 1.0), run(Path(folder), "b.csv", factor)) for _ in range(runs)]
+    return [compare.compare(a, b)[0].verdict for a, b in pairs]
+
+
+@pytest.mark.parametrize("noise", [0.005, 0.02, 0.1])
+def test_two_runs_of_the_same_code_differ_by_noise(noise):
+    assert verdicts(1.0, noise).count("noise") >= 0.99 * 100
+
+
+@pytest.mark.parametrize(("factor", "noise"), [(1.05, 0.005), (1.2, 0.02), (2.0, 0.1)])
+def test_a_regression_beyond_the_noise_is_found(factor, noise):
+    assert verdicts(factor, noise).count("slower") >= 0.99 * 100
+    assert verdicts(1 / factor, noise).count("faster") >= 0.99 * 100
 
 
 def test_runs_of_one_file_by_commit(tmp_path, capsys):
