@@ -43,24 +43,16 @@ def test_a_wrong_kernel_gets_no_row():
 def test_a_broken_kernel_gets_no_row_from_the_command(tmp_path):
     """`pytest benchmarks` with one op of the package broken on purpose: it fails, and saves the rows of the others alone."""
     (tmp_path / "breaking.py").write_text(
-        "from fastdiff_kernels import ops\n"
-        "working = ops.moment_matching_loss\n"
-        "ops.moment_matching_loss = lambda *args: 1.001 * working(*args)\n"
+        "from fastdiff_kernels import ops\nworking = ops.lcss_loss\nops.lcss_loss = lambda *args: 1.001 * working(*args)\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "breaking", "benchmarks/bench_distillation.py", "--quick", "-x"]
-    command += [
-        "--network",
-        "CIFAR-10",
-        "-k",
-        "moment_matching_loss and forward or sim_loss and forward",
-        f"--save-rows={tmp_path / 'rows.csv'}",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "breaking", "benchmarks/bench_sweeps.py", "--quick"]
+    command += ["-k", "lcss_loss and 192 and forward or integrate_schedule and steps", f"--save-rows={tmp_path / 'rows.csv'}"]
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout
-    assert re.search(r"WrongResult: moment_matching_loss CIFAR-10 128x3x32x32 \w+ forward: ours: output 0 is", done.stdout)
+    assert re.search(r"WrongResult: lcss_loss sweep elements=192 \w+ forward: ours: output 0 is", done.stdout)
     with (tmp_path / "rows.csv").open(newline="") as file:
-        assert {row["op"] for row in csv.DictReader(file)} == {"sim_loss"}
+        assert {row["op"] for row in csv.DictReader(file)} == {"integrate_schedule"}
 
 
 def test_a_wrong_gradient_gets_no_row():
