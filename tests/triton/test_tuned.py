@@ -6,11 +6,13 @@ import time
 
 import pytest
 import torch
+from torch.nn.functional import layer_norm, rms_norm
 
 from benchmarks import tune
 from benchmarks.workloads import Case, Workload
 from fastdiff_kernels import backend, ops
 from fastdiff_kernels.triton import _common, _group_norm_tiles, _tuned, group_norm
+from fastdiff_kernels.triton._attention_sizes import Sizes, sizes
 from tests.triton.running import run_interpreted
 
 GROUPS = 4
@@ -67,6 +69,59 @@ def test_a_search_over_kernels_writes_what_launchers_then_take(device, folder, w
     with backend("triton"):
         torch.testing.assert_close(ops.group_norm_silu(x, GROUPS, weight, bias), standard(x, weight, bias))
     assert warps == [16]
+
+
+def modulated(residual, branch, gate, shift, scale):
+    hidden = residual + gate.unsqueeze(1) * branch
+    return hidden, layer_norm(hidden, hidden.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def normed(q, k):
+    return tuple(rms_norm(x, x.shape[-1:], eps=1e-6) for x in (q, k))
+
+
+WORKLOADS = {
+    "modulate": Workload(
+        "gate_residual_norm_modulate", "none", (2, 5, 72), lambda: [*torch.randn(2, 2, 5, 72), *torch.randn(3, 2, 72)],
+        modulated, ops.gate_residual_norm_modulate, gradients=tuple(range(5)), factor=8.0,
+    ),
+    "rotary": Workload(
+        "qk_norm_rope", "none", (2, 5, 3, 8), lambda: list(torch.randn(2, 2, 5, 3, 8)),
+        normed, lambda q, k: ops.qk_norm_rope(q, k, norm="rms", eps=1e-6), gradients=(0, 1), factor=8.0,
+    ),
+}  # fmt: skip
+# The kernels that ask, and the fields of their answers that are searched.
+ASKED = {
+    "modulate": {"modulate forward": {"rows", "chunk", "warps"}, "modulate backward": {"rows", "chunk", "warps"}},
+    "rotary": {"rotary forward, heads": {"warps"}, "rotary backward, heads": {"warps"}},
+}
+
+
+@pytest.mark.executes
+@pytest.mark.parametrize("family", WORKLOADS)
+def test_every_configuration_that_a_search_tries_computes_the_same(family, device, folder):
+    """Two steps away from the launcher's own answer as well."""
+    found = list(tune.targets([Case(WORKLOADS[family], torch.float32, "fwd+bwd")], set(), device))
+    assert {target.question.kernel: set(dict(target.own)) for target in found} == ASKED[family]
+    for target in found:
+        trials = tune.Trials(target, device, lambda runs: dict.fromkeys(runs, 1.0))
+        near = set(tune.neighbours(target.own))
+        further = {launch for other in near for launch in tune.neighbours(other)}
+        assert set(trials(sorted(near | further))) == near | further
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tokens", "asked"), [("forward", 256, "forward"), ("forward", 4096, "forward, long"), ("dual", 256, "dual")]
+)
+def test_attention_asks_by_its_width_padding_included(kernel, tokens, asked, folder):
+    q = torch.empty(1, tokens, 16, 72, dtype=torch.bfloat16, device="meta")
+    own = sizes(kernel, q, 90)
+    _tuned.path_of(90, folder).write_text(
+        f'kernel,dtype,size,launch,speedup,evidence\n"attention {asked}",bfloat16,80,queries=128 warps=8,1.1,invented\n'
+    )
+    _tuned.forget()
+    assert sizes(kernel, q, 90) == Sizes(128, own.keys, 8, own.stages)
+    assert sizes(kernel, q.to(torch.float16), 90) == sizes(kernel, q, 100), "a row is for its dtype and GPU"
 
 
 @pytest.mark.executes
