@@ -42,11 +42,22 @@ def _dual(op: Op, dual: str, wanted: Sequence[int], args: Sequence[Any]):
 
 
 def _recording(op: Op, wanted: Sequence[int]) -> type[torch.autograd.function._SingleLevelFunction]:
-    """The autograd function of op."""
+    """The autograd function of op. What is known of op is looked up here and not in each call, which takes longer than a small op's work."""
     backward_packet = getattr(torch.ops.fastdiff, f"{op.name}_backward").default
     packet = overload(op).default
     recorded_packet = getattr(torch.ops.fastdiff, f"{op.name}_recorded").default if op.recorded else None
     passed = [name in op.passes_through for name in op.differentiable]
+    primary, saved, auxiliary, places = op.primary, op.saved, op.auxiliary, [i + 1 for i in wanted]
+
+    def from_inputs(args: list, grads: list, outputs: Sequence[Tensor], needs: list[bool]) -> Sequence[Tensor | None]:
+        """The gradients that are needed, where forward left none."""
+        if not any(needs):
+            return [None] * len(wanted)
+        if torch.is_grad_enabled():
+            return as_tuple(vjp(op, wanted, grads, args, needs))
+        if recorded_packet is not None and _scalable(args[wanted[0]]) and not _batched(grads[0]):
+            return _scaled(recorded_packet(*args, needs)[1:], grads[0], needs)
+        return as_tuple(backward_packet(*grads, *args, *outputs, needs))
 
     # A plain Function refuses to run inside torch.func's transforms. Here they have already been peeled off down to one level.
     class Recorded(torch.autograd.function._SingleLevelFunction):
@@ -54,45 +65,50 @@ def _recording(op: Op, wanted: Sequence[int]) -> type[torch.autograd.function._S
         def forward(ctx, keyset, *args):
             keyset = keyset & _AUTOGRAD_KEYS
             ctx.gradients = None
-            # Function.forward runs with both modes of differentiation off, which outer levels of torch.func would inherit.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
-                if recorded_packet is not None and _scalable(args[wanted[0]]):
-                    needs = [ctx.needs_input_grad[i + 1] for i in wanted]
-                    output, *ctx.gradients = recorded_packet.redispatch(keyset, *args, needs)
-                    outputs = (output,)
-                else:
+            if recorded_packet is not None and _scalable(args[wanted[0]]):
+                asked = ctx.needs_input_grad
+                with torch._C._AutoDispatchBelowAutograd():
+                    output, *ctx.gradients = recorded_packet.redispatch(keyset, *args, [asked[i] for i in places])
+                outputs = (output,)
+            else:
+                # Function.forward runs with both modes of differentiation off, which outer levels of torch.func would inherit.
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
                     outputs = as_tuple(packet.redispatch(keyset, *args))
-            ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)], *[outputs[i] for i in op.saved])
+            ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)], *[outputs[i] for i in saved])
             ctx.constants = [None if isinstance(a, Tensor) else (a,) for a in args]
-            ctx.mark_non_differentiable(*[outputs[i] for i in op.auxiliary])
-            ctx.set_materialize_grads(not op.optional_grads)
-            return one_or_all(outputs)
+            if auxiliary:
+                ctx.mark_non_differentiable(*[outputs[i] for i in auxiliary])
+            if op.optional_grads:
+                ctx.set_materialize_grads(False)
+            return outputs[0] if len(outputs) == 1 else outputs
 
         @staticmethod
         def backward(ctx, *grads):
-            grads = [grads[i] for i in op.primary]
-            tensors = iter(ctx.saved_tensors)
-            args = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
-            asked = [ctx.needs_input_grad[i + 1] for i in wanted]
-            needs = [a and not p for a, p in zip(asked, passed, strict=True)]
+            # Looked at in any case: it raises where the graph has been freed.
+            tensors, asked = ctx.saved_tensors, ctx.needs_input_grad
+            asked = [asked[i] for i in places]
+            grads = [grads[i] for i in primary]
             # What forward wrote is scaled in place; another backward makes it afresh.
             gradients, ctx.gradients = ctx.gradients, None
-            if not any(needs):
-                found = [None] * len(wanted)
-            elif torch.is_grad_enabled():
-                found = as_tuple(vjp(op, wanted, grads, args, needs))
-            elif recorded_packet is not None and _scalable(args[wanted[0]]) and not _batched(grads[0]):
-                gradients = gradients or recorded_packet(*args, needs)[1:]
-                found = [scale_samples(g, grads[0]) if need else g for g, need in zip(gradients, needs, strict=True)]
+            needs = [a and not p for a, p in zip(asked, passed, strict=True)]
+            if gradients is not None and not torch.is_grad_enabled() and not _batched(grads[0]):
+                found = _scaled(gradients, grads[0], needs)
             else:
-                found = as_tuple(backward_packet(*grads, *args, *tensors, needs))
-            result = [None] * (len(args) + 1)
-            for i, need, by_kernel, grad in zip(wanted, asked, needs, found, strict=True):
-                result[i + 1] = (grad if by_kernel else grads[0]) if need else None
+                rest = iter(tensors)
+                args = [next(rest) if constant is None else constant[0] for constant in ctx.constants]
+                found = from_inputs(args, grads, tuple(rest), needs)
+            result = [None] * (len(ctx.constants) + 1)
+            for place, need, by_kernel, grad in zip(places, asked, needs, found, strict=True):
+                if need:
+                    result[place] = grad if by_kernel else grads[0]
             return tuple(result)
 
     Recorded.__name__ = Recorded.__qualname__ = f"fastdiff_{op.name}"
     return Recorded
+
+
+def _scaled(gradients: Sequence[Tensor], factor: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    return [scale_samples(gradient, factor) if need else gradient for gradient, need in zip(gradients, needs, strict=True)]
 
 
 def _scalable(x: Tensor) -> bool:

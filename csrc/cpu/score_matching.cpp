@@ -381,6 +381,27 @@ std::tuple<Tensor, Tensor> denoising_loss_backward(
   return {gradients.denoised, gradients.clean};
 }
 
+// factor[b] * gradient[b] in place, what is left for backward where forward has written the gradients. Where factor is 1 nothing is touched.
+void scale_samples(Tensor gradient, const Tensor& factor) {
+  dispatch(gradient.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Acc<T>;
+    T* values = write<T>(gradient);
+    const PerSample<A> factors(factor);
+    const Samples samples(gradient);
+    bool touched = false;
+    for (int64_t b = 0; b < samples.batch; ++b) touched |= factors[b] != A(1);
+    if (!touched) return;
+    for_each_chunk(samples, [=](int64_t b, int64_t begin, int64_t end) {
+      const A scale = factors[b];
+      if (scale == A(1)) return;
+      T* row = values + b * samples.elements;
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) row[i] = store<T>(scale * load(row[i]));
+    });
+  });
+}
+
 }  // namespace
 }  // namespace fastdiff::FASTDIFF_VARIANT
 
@@ -397,6 +418,7 @@ FASTDIFF_CPU_KERNELS(m) {
   m.impl("lcss_loss_seeded", TORCH_BOX(&lcss_loss_seeded));
   m.impl("lcss_loss_seeded_recorded", TORCH_BOX(&lcss_loss_seeded_recorded));
   m.impl("lcss_loss_seeded_backward", TORCH_BOX(&lcss_loss_seeded_backward));
+  m.impl("scale_samples_", TORCH_BOX(&scale_samples));
   m.impl("denoising_loss", TORCH_BOX(&denoising_loss));
   m.impl("denoising_loss_recorded", TORCH_BOX(&denoising_loss_recorded));
   m.impl("denoising_loss_backward", TORCH_BOX(&denoising_loss_backward));

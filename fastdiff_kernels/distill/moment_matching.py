@@ -13,7 +13,7 @@ from .._checks import check_choice, check_count, check_number
 from ..diffusion import edm_weight
 from ._checks import check_conditioning, check_data, check_denoiser, check_shape
 from .learning_rate import LearningRate
-from .recipe import Learner, Recipe, data_scale, mixed_seed, per_sample, trainable_copy
+from .recipe import Learner, Recipe, data_scale, mixed_seed, per_element, per_sample, trainable_copy
 
 
 class MomentMatchingDistiller(Recipe[Tensor]):
@@ -110,14 +110,15 @@ class MomentMatchingDistiller(Recipe[Tensor]):
         with torch.set_grad_enabled(auxiliary_turn):
             auxiliary = self.auxiliary(less_noisy, sigma_s, **conditioning)
         weight = edm_weight(sigma_s, self.sigma_data).sqrt() if self.weight is None else self.weight(sigma_s)
+        weight = per_element(batch) * weight
 
         metrics = {"gap": (auxiliary - teacher).detach().square().mean()}
         if auxiliary_turn:
-            loss = ops.moment_matching_auxiliary_loss(denoised.detach(), auxiliary, teacher, weight=weight).sum() / batch.numel()
+            loss = ops.moment_matching_auxiliary_loss(denoised.detach(), auxiliary, teacher, weight=weight).sum()
             metrics["auxiliary_loss"] = loss
             metrics["auxiliary_gradient_norm"] = self.learners["auxiliary"].update(loss, self.steps_done)
         if student_turn:
-            loss = ops.moment_matching_loss(denoised, auxiliary.detach(), teacher, weight=weight).sum() / batch.numel()
+            loss = ops.moment_matching_loss(denoised, auxiliary.detach(), teacher, weight=weight).sum()
             metrics["loss"] = loss
             metrics["gradient_norm"] = self.learners["student"].update(loss, self.steps_done)
         return metrics

@@ -194,6 +194,15 @@ class Recipe(ABC, Generic[Batch]):
         self.rng.set_state(state["rng"].cpu())
 
 
+def per_element(batch: Tensor) -> float:
+    """The factor that makes a mean over all elements of losses that are sums over samples.
+
+    It belongs into a loss's weight: the gradient that the loss has written in its forward pass is then final, whereas a factor applied
+    to the loss has backward multiply it in a pass of its own.
+    """
+    return 1 / max(batch.numel(), 1)
+
+
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """[B] -> [B, 1, ..., 1] in the dtype of `like` [B, ...]."""
     return value.to(like.dtype).view(-1, *([1] * (like.dim() - 1)))

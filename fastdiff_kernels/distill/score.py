@@ -14,7 +14,7 @@ from ..diffusion import Schedule, edm_weight, sample
 from ._checks import check_conditioning, check_data, check_denoiser, check_shape
 from .learning_rate import LearningRate
 from .noise_law import EDM_LAW
-from .recipe import Learner, Recipe, data_scale, mixed_seed, per_sample
+from .recipe import Learner, Recipe, data_scale, mixed_seed, per_element, per_sample
 
 
 class ScoreTrainer(Recipe[Tensor]):
@@ -97,25 +97,25 @@ class ScoreTrainer(Recipe[Tensor]):
         conditioning = self._drop_labels(conditioning)
         sigma = self.noise_law(batch.shape[0], self.rng)  # [B]
         if self.loss == "dsm":
-            losses = self.dsm_losses(batch, sigma, self._randn(batch.shape), conditioning)
+            losses = self.dsm_losses(batch, sigma, self._randn(batch.shape), conditioning, factor=per_element(batch))
         else:
-            losses = self.lcss_losses(batch, sigma, self._op_seed(1), conditioning)
-        loss = losses.sum() / max(batch.numel(), 1)
+            losses = self.lcss_losses(batch, sigma, self._op_seed(1), conditioning, factor=per_element(batch))
+        loss = losses.sum()
         return {"loss": loss, "gradient_norm": self.learners["denoiser"].update(loss, self.steps_done)}
 
-    def dsm_losses(self, clean: Tensor, sigma: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """lambda(sigma) |D(clean + sigma noise, sigma) - clean|^2 [B]; clean, noise [B, ...], sigma [B]."""
+    def dsm_losses(self, clean: Tensor, sigma: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor], *, factor: float = 1.0) -> Tensor:
+        """factor lambda(sigma) |D(clean + sigma noise, sigma) - clean|^2 [B]; clean, noise [B, ...], sigma [B]."""
         denoised = self.denoiser(clean + per_sample(sigma, clean) * noise, sigma, **conditioning)
-        return ops.denoising_loss(denoised, clean, weight=edm_weight(sigma, self.sigma_data))
+        return ops.denoising_loss(denoised, clean, weight=factor * edm_weight(sigma, self.sigma_data))
 
-    def lcss_losses(self, clean: Tensor, sigma: Tensor, seed: int, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """The loss of local curvature smoothing [B] at total noise level sigma [B], its noise drawn from `seed`."""
+    def lcss_losses(self, clean: Tensor, sigma: Tensor, seed: int, conditioning: Mapping[str, Tensor], *, factor: float = 1.0) -> Tensor:
+        """factor times the loss of local curvature smoothing [B] at total noise level sigma [B], its noise drawn from `seed`."""
         centre, local_sigma = clean, sigma
         if self.reading == "A":
             forward_sigma = sigma / (1 + self.local_ratio**2) ** 0.5
             centre = clean + per_sample(forward_sigma, clean) * self._randn(clean.shape)
             local_sigma = self.local_ratio * forward_sigma
-        weight = 2 * sigma**4 * edm_weight(sigma, self.sigma_data)
+        weight = 2 * factor * sigma**4 * edm_weight(sigma, self.sigma_data)
         score = self._score(ops.lcss_perturb(centre, local_sigma, seed), sigma, conditioning)
         mirrored = None
         if self.antithetic:

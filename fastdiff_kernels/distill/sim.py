@@ -13,7 +13,7 @@ from ..diffusion import edm_weight
 from ._checks import check_conditioning, check_data, check_denoiser, check_shape
 from .learning_rate import LearningRate
 from .noise_law import EDM_LAW
-from .recipe import Learner, Recipe, data_scale, frozen, mixed_seed, per_sample, trainable_copy
+from .recipe import Learner, Recipe, data_scale, frozen, mixed_seed, per_element, per_sample, trainable_copy
 
 
 class SIMDistiller(Recipe[int]):
@@ -105,7 +105,7 @@ class SIMDistiller(Recipe[int]):
             clean = self._generate(self._randn((batch, *self.sample_shape)), conditioning)
         sigma = self.fake_law(batch, self.rng)
         denoised = self.fake(clean + per_sample(sigma, clean) * self._randn(clean.shape), sigma, **conditioning)
-        loss = ops.denoising_loss(denoised, clean, weight=edm_weight(sigma, self.sigma_data)).sum() / clean.numel()
+        loss = ops.denoising_loss(denoised, clean, weight=per_element(clean) * edm_weight(sigma, self.sigma_data)).sum()
         return loss, self.learners["fake"].update(loss, self.steps_done)
 
     def _generate(self, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from fastdiff_kernels import _derivatives
 from fastdiff_kernels.diffusion import Schedule
 from fastdiff_kernels.distill import MomentMatchingDistiller, ScoreTrainer, SIMDistiller
 from fastdiff_kernels.distill.recipe import mixed_seed
@@ -56,6 +57,15 @@ def test_two_runs_agree(tiny_denoiser, make):
     histories = [run(recipe, batches(4)) for recipe in runs]
     assert histories[0] == histories[1]
     assert_equal_state(runs[0].state_dict(), runs[1].state_dict())
+
+
+@every_recipe
+def test_the_mean_is_taken_in_the_weights_so_that_no_gradient_is_scaled_again(tiny_denoiser, make, monkeypatch):
+    factors = []
+    monkeypatch.setattr(_derivatives, "scale_samples", lambda gradient, factor: factors.append(factor) or gradient)
+    run(make(tiny_denoiser()), batches(2))
+    assert factors
+    assert all((factor == 1).all() for factor in factors)
 
 
 @every_recipe

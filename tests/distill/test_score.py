@@ -140,6 +140,21 @@ def test_losses_are_reported_per_element(tiny_denoiser):
     assert 0.3 < metrics["loss"] < 4
 
 
+@pytest.mark.parametrize("loss", ["dsm", "lcss"])
+def test_a_step_descends_the_mean_over_all_elements(tiny_denoiser, loss):
+    batch = 0.5 * torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    metrics = ScoreTrainer(tiny_denoiser(), loss=loss, reading="B").step(batch)
+    same = ScoreTrainer(tiny_denoiser(), loss=loss, reading="B")
+    sigma = same.noise_law(4, same.rng)
+    if loss == "dsm":
+        losses = same.dsm_losses(batch, sigma, torch.randn(batch.shape, generator=same.rng), {})
+    else:
+        losses = same.lcss_losses(batch, sigma, same._op_seed(1), {})
+    mean = losses.sum() / batch.numel()
+    assert metrics["loss"] == pytest.approx(mean.item(), rel=1e-5)
+    assert metrics["gradient_norm"] == pytest.approx(gradients(mean, same.denoiser).norm().item(), rel=1e-4)
+
+
 def test_samples_need_a_shape(tiny_denoiser):
     trainer = ScoreTrainer(tiny_denoiser())
     with pytest.raises(ValueError, match="sample_shape must be given"):

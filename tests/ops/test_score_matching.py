@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdiff_kernels import ops
+from fastdiff_kernels import _scale, ops
 
 from ..helpers import FLOATS, assert_accurate, assert_bitwise, assert_independent_of_batch, assert_independent_of_threads
 from .normals import SEED, definition, noise, ulps
@@ -383,3 +383,28 @@ X = torch.zeros(2, 3)
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("elements", [3, 40_000])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_recorded_gradients_are_scaled_in_their_own_memory(dtype, elements, compiled, monkeypatch):
+    monkeypatch.setattr(_scale, "_compiled", lambda: compiled)
+    gradient = torch.randn(4, elements, dtype=dtype)
+    factor = torch.tensor([1.0, -0.3, 0.0, 7.0]).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = gradient * factor[:, None] if dtype != torch.bfloat16 else (gradient.float() * factor[:, None]).bfloat16()
+    assert _scale.scale_samples(gradient, factor) is gradient
+    assert torch.equal(gradient, expected)
+
+
+def test_one_factor_for_all_samples_may_be_expanded():
+    gradient = torch.randn(3, 2, 5)
+    expected = 0.25 * gradient
+    _scale.scale_samples(gradient, torch.tensor(0.25).expand(3))
+    assert torch.equal(gradient, expected)
+
+
+def test_recorded_gradients_are_left_alone_where_the_factor_is_one():
+    signalling = torch.tensor([0x7F800001], dtype=torch.int32).view(torch.float32).expand(2, 3).contiguous()  # a product would quieten it
+    _scale.scale_samples(signalling, torch.ones(2))
+    assert (signalling.view(torch.int32) == 0x7F800001).all()
