@@ -42,7 +42,7 @@ def _dual(op: Op, dual: str, wanted: Sequence[int], args: Sequence[Any]):
 
 
 def _recording(op: Op, wanted: Sequence[int]) -> type[torch.autograd.function._SingleLevelFunction]:
-    """The autograd function of op. What is known of op is looked up here and not in each call, which takes longer than a small op's work."""
+    """The autograd function of op. What is known of op is looked up here, not in each call, which takes longer than a small op's work."""
     backward_packet = getattr(torch.ops.fastdiff, f"{op.name}_backward").default
     packet = overload(op).default
     recorded_packet = getattr(torch.ops.fastdiff, f"{op.name}_recorded").default if op.recorded else None
