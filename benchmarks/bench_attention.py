@@ -5,25 +5,38 @@ from __future__ import annotations
 import torch
 
 from benchmarks import rivals
+from benchmarks.shapes import ATTENTION, GPU
 from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
 from fastdiff_kernels._registry import OPS
 
-# Batch, queries, heads, width.
-NETWORKS = {
-    "EDM-16": (16, 256, 1, 256),
-    "EDM-8": (16, 64, 1, 256),
-    "ADM-32": (1, 1024, 6, 64),
-    "EDM2-XS": (16, 256, 6, 64),
-    "DiT-XL/2": (4, 256, 16, 72),
-    "PixArt-512": (1, 1024, 16, 72),
-    "SD1.5-32": (1, 1024, 8, 80),
-}
+# Queries beyond which a user of eager PyTorch has to go head by head, and through the queries in parts.
+LONG = 8192
+
+
+def softmax_attention(q, k, v):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return (torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v).transpose(1, 2)
 
 
 def eager(packed):
-    q, k, v = (t.transpose(1, 2) for t in packed.unbind(2))
-    return (torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v).transpose(1, 2)
+    return softmax_attention(*packed.unbind(2))
+
+
+def eager_in_parts(packed):
+    heads = [
+        torch.cat([softmax_attention(part, k, v) for part in q.split(LONG, 1)], 1)
+        for q, k, v in (head.unbind(2) for head in packed.split(1, 3))
+    ]
+    return torch.cat(heads, 2)
+
+
+def cross_eager(q, packed):
+    return softmax_attention(q, *packed.unbind(2))
+
+
+def cross_ours(q, packed):
+    return ops.attention(q, *packed.unbind(2))
 
 
 def ours(packed):
@@ -46,8 +59,10 @@ def both(packed, t_packed):
 
 def attention_workload(network, shape):
     batch, rows, heads, width = shape
+    long = rows > LONG
     return Workload(
-        "attention", network, shape, lambda: [torch.randn(batch, rows, 3, heads, width)], eager, ours, gradients=(0,),
+        "attention", network, shape, lambda: [torch.randn(batch, rows, 3, heads, width)], eager_in_parts if long else eager, ours,
+        gradients=() if long else (0,), compiled=not long,
         **rivals.attention(lambda packed: packed.unbind(2)), flops=flops, backward_flops=2.5, factor=4.0,
     )  # fmt: skip
 
@@ -60,9 +75,20 @@ def dual_workload(network, shape):
     )  # fmt: skip
 
 
+def cross_workload(network, shape, keys):
+    batch, rows, heads, width = shape
+    return Workload(
+        "attention", network, f"{batch}x{rows}x{heads}x{width}, {keys} keys",
+        lambda: [torch.randn(shape), torch.randn(batch, keys, 2, heads, width)], cross_eager, cross_ours, gradients=(0, 1),
+        **rivals.attention(lambda q, packed: (q, *packed.unbind(2))), flops=lambda q, packed: 4 * q.numel() * keys,
+        backward_flops=2.5, factor=4.0,
+    )  # fmt: skip
+
+
 WORKLOADS = [
-    *(attention_workload(network, shape) for network, shape in NETWORKS.items()),
-    dual_workload("DiT-XL/2", NETWORKS["DiT-XL/2"]),
+    *(attention_workload(network, shape) for network, shape in ATTENTION.items()),
+    dual_workload("DiT-XL/2", ATTENTION["DiT-XL/2"]),
+    *([cross_workload("PixArt-1024 captions", ATTENTION["PixArt-1024"], 120)] if GPU else []),
 ]
 
 

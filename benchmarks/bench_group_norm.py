@@ -6,10 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import rivals
+from benchmarks.shapes import MAPS
 from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
-
-SHAPES = {"small U-Net": ((128, 64, 8, 8), 8), "EDM": ((16, 256, 16, 16), 32), "SD": ((4, 320, 64, 64), 32)}
 
 
 def operands(shape: tuple[int, ...], channels_last: bool, modulated: bool) -> list[torch.Tensor]:
@@ -21,7 +20,7 @@ def operands(shape: tuple[int, ...], channels_last: bool, modulated: bool) -> li
 
 
 def workload(network: str, channels_last: bool, modulated: bool) -> Workload:
-    shape, groups = SHAPES[network]
+    shape, groups = MAPS[network]
 
     def eager(x, weight, bias, scale=None, shift=None):
         y = F.group_norm(x, groups, weight, bias)
@@ -52,7 +51,7 @@ def workload(network: str, channels_last: bool, modulated: bool) -> Workload:
 
 
 WORKLOADS = [
-    workload(network, channels_last, modulated) for network in SHAPES for channels_last in (False, True) for modulated in (True, False)
+    workload(network, channels_last, modulated) for network in MAPS for channels_last in (False, True) for modulated in (True, False)
 ]
 
 

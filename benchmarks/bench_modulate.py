@@ -6,10 +6,10 @@ import torch
 from torch.nn.functional import layer_norm, rms_norm
 
 from benchmarks import rivals
+from benchmarks.shapes import ROWS
 from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
 
-SHAPES = {"DiT-XL/2": (4, 256, 1152), "PixArt-512": (1, 1024, 1152), "EDM": (16, 256, 256)}
 EPS = 1e-6
 
 
@@ -79,7 +79,7 @@ WORKLOADS = [
         factor=8.0,
         **RIVALS.get(name, {}),
     )
-    for network, shape in SHAPES.items()
+    for network, shape in ROWS.items()
     for name, (eager, ours, activations, modulations) in OPS.items()
 ]
 

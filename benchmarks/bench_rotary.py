@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import layer_norm, rms_norm
 
 from benchmarks import rivals
+from benchmarks.shapes import GPU
 from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
 
@@ -93,14 +94,21 @@ def pixel_workload(network, shape, dim):
     )  # fmt: skip
 
 
+DIT, PIXART, WAN, EDM2 = (
+    ((64, 256, 16, 72), (2, 4096, 16, 72), (1, 32760, 12, 128), (64, 256, 8, 64))
+    if GPU
+    else ((4, 256, 16, 72), (1, 1024, 16, 72), (1, 256, 12, 128), (16, 256, 8, 64))
+)
+PIXART_NAME = "PixArt-1024" if GPU else "PixArt-512"
 WORKLOADS = [
-    norm_workload("DiT-XL/2", (4, 256, 16, 72), "rms", "interleaved"),
-    norm_workload("DiT-XL/2", (4, 256, 16, 72), "rms", "half"),
-    norm_workload("PixArt-512", (1, 1024, 16, 72), "rms", "interleaved"),
-    norm_workload("PixArt-512", (1, 1024, 16, 72), "layer", None, whole=True),
-    norm_workload("Wan", (1, 256, 12, 128), "rms", "interleaved", whole=True),
-    pixel_workload("EDM2", (16, 256, 8, 64), 2),
-    pixel_workload("EDM2", (16, 256, 8, 64), 3),
+    norm_workload("DiT-XL/2", DIT, "rms", "interleaved"),
+    norm_workload("DiT-XL/2", DIT, "rms", "half"),
+    norm_workload(PIXART_NAME, PIXART, "rms", "interleaved"),
+    norm_workload(PIXART_NAME, PIXART, "layer", None, whole=True),
+    norm_workload("Wan", WAN, "rms", "interleaved", whole=True),
+    *([norm_workload("Flux", (1, 4608, 24, 128), "rms", "interleaved")] if GPU else []),
+    pixel_workload("EDM2", EDM2, 2),
+    pixel_workload("EDM2", EDM2, 3),
 ]
 
 

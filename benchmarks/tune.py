@@ -34,7 +34,8 @@ from fastdiff_kernels import backend
 from fastdiff_kernels.triton import _tuned
 from fastdiff_kernels.triton._tuned import Question, answered_by, changed, fields, from_table
 
-BENCHES = ("attention", "modulate", "rotary", "group_norm")
+# Sweeps have widths that no network above has.
+BENCHES = ("attention", "modulate", "rotary", "group_norm", "sweeps")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Least and most of each field that is searched; stages go by one, the others by factors of two.
 RANGES = {
