@@ -23,6 +23,9 @@ MOST_REGISTERS = 128
 # Elements of a tile of a larger group, and of a small tile that takes several groups.
 _PART = 4096
 _FEW = 512
+# Groups of a tile, and entries of the table of which of its channels belong to which of them: one warp may have to hold all.
+_MOST_GROUPS = 16
+_OWN = 2048
 # Partial results of one group that each program of the second pass loads together; of several groups it loads fewer for each.
 PARTIAL = 256
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -128,7 +131,9 @@ def _warps(elements: int) -> int:
 
 def _groups_in(block: int, groups: int, width: int, itemsize: int) -> int:
     """How many groups, of those that fit a block of channels, let its rows be read in the widest loads; the most of those."""
-    return max(range(1, max(1, min(groups, block // width)) + 1), key=lambda n: (_aligned(n * width * itemsize), n))
+    fitting = range(1, max(1, min(groups, block // width)) + 1)
+    few = [n for n in fitting if n == 1 or (n <= _MOST_GROUPS and triton.next_power_of_2(n) * triton.next_power_of_2(n * width) <= _OWN)]
+    return max(few, key=lambda n: (_aligned(n * width * itemsize), n))
 
 
 def _aligned(size: int) -> int:
@@ -147,7 +152,8 @@ def _block_of_rows(layout: Layout, itemsize: int) -> tuple[int, int]:
         taken = count * layout.width
         return _aligned(taken * itemsize), taken / candidate, -candidate
 
-    return max(zip(candidates, counts, strict=True), key=lambda pair: merit(*pair))
+    _, count = max(zip(candidates, counts, strict=True), key=lambda pair: merit(*pair))
+    return triton.next_power_of_2(count * layout.width), count
 
 
 def _fullest(length: int, most: int, steps: int) -> int:

@@ -61,9 +61,24 @@ def _backward_tile(channels: int, dtype: torch.dtype) -> Tile:
     return _tile(channels, dtype.itemsize, 8 if dtype == torch.float64 else 16, (16, 8), 2)
 
 
+def _most_registers(channels: int, dtype: torch.dtype) -> dict[str, int]:
+    """A limit for the forward pass, where the assembler left to itself spills a little to have one program more on a multiprocessor."""
+    if dtype == torch.float64:
+        return {"maxnreg": 255}
+    return {"maxnreg": 80} if dtype.itemsize == 2 and 5120 < channels <= 6144 else {}
+
+
 def _fills_registers(channels: int, dtype: torch.dtype) -> bool:
     """Whether the backward pass has no registers left for the next row."""
-    return channels > (3072 if dtype.itemsize >= 4 else _WIDE)
+    return channels > (2048 if dtype == torch.float64 else 3072)
+
+
+def _sums_at_once(channels: int, dtype: torch.dtype, weight: bool) -> int:
+    """How many sums over rows the registers hold, beside a weight or not; those of wide rows that they do not hold take further passes."""
+    if dtype == torch.float64 and channels > 2048:
+        return 1
+    # Rows of lengths that are not divisible by 16 take more registers for their addresses.
+    return 2 if channels > _WIDE and (dtype.itemsize >= 4 or weight or channels % 16) else 4
 
 
 def _rows_per_program(tokens: int) -> int:
@@ -144,7 +159,7 @@ def _forward(call: Call) -> tuple[Tensor, ...]:
         *(_strides(o, tokens) for o in operands), _table_strides(call.table), rows, tokens,
         CHANNELS=channels, EPS=call.eps, CENTRED=call.norm == "layer", FIRST=len(call.in_table) % 2,
         ROWS=tile.rows, CHUNK=tile.chunk, INDEX=tl.int32 if rows + tile.rows < 2**31 else tl.int64,
-        num_warps=tile.warps,
+        num_warps=tile.warps, **_most_registers(channels, x.dtype),
     )  # fmt: skip
     return outputs
 
@@ -169,9 +184,8 @@ def _backward(call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | N
     tile = tuned("modulate backward", capability(x), x.dtype, channels, _backward_tile(channels, x.dtype))
     operands = (*map(_unit_stride, (grad_hidden, grad_modulated, x, call.branch)), call.gate, call.weight, call.scale)
     into = [grads.get(name) if name in ("x", "branch") or name in by_row else None for name in ("x", "branch", "gate", "shift", "scale")]
-    # Wide rows of four bytes, or beside a weight, leave room for two sums; the third takes a pass of its own.
     call = _whole_rows(call)
-    at_once = 2 if channels > _WIDE and (x.dtype.itemsize >= 4 or "weight" in slots) else 4
+    at_once = _sums_at_once(channels, x.dtype, "weight" in slots)
     names = list(slots)
     for i in range(0, max(len(names), 1), at_once):
         summed = {name: slots[name] for name in names[i : i + at_once]}

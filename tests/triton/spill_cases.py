@@ -5,12 +5,24 @@ Tensors have no data (device "meta"), so that sizes may be anything.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
 import torch
 
-from fastdiff_kernels.triton import attention, group_norm, modulate, rotary
+from fastdiff_kernels.triton import (
+    attention,
+    distillation,
+    group_norm,
+    modulate,
+    rotary,
+    sampling,
+    schedule,
+    score_matching,
+    skipping,
+)
+from fastdiff_kernels.triton._scale import scale_samples_
 
 Cases = Iterator[tuple[str, Callable[[], object]]]
 
@@ -130,12 +142,12 @@ def _modulate(
 def modulate_cases() -> Cases:
     """Products: every width x {bfloat16, float32} x {gate + residual + LayerNorm with a table, RMS norm with weight and table}, both with
     modulation [B, C] in float32. For five of the widths: the same in float16 and float64 and in pairs of 16 bits, and with modulation
-    [B, N, C]. For three of them, in bfloat16 and float32, one at a time: every other op, operand, gradient and layout."""
+    [B, N, C]. For four, in bfloat16 and float32, one at a time: every other op, operand, gradient and layout."""
     ops = (("gate_residual_norm_modulate", {}), ("rms_norm_modulate", {}))
     for channels, dtype, (op, options) in itertools.product(NETWORK_CHANNELS + OTHER_CHANNELS, (torch.bfloat16, torch.float32), ops):
         yield f"{op} {channels} {short(dtype)}", _modulate(channels, dtype, op, **options)
     for channels, (op, options) in itertools.product((8192, 6144, 4096, 3072, 1152), ops):
-        for dtype in (torch.float16, torch.float64):
+        for dtype in (torch.float16, *(torch.float64,) * (channels <= 4096)):
             yield f"{op} {channels} {short(dtype)}", _modulate(channels, dtype, op, **options)
         yield f"{op} {channels} bfloat16 throughout", _modulate(channels, torch.bfloat16, op, beside=torch.bfloat16, **options)
         for dtype in (torch.bfloat16, torch.float32):
@@ -166,7 +178,9 @@ def modulate_cases() -> Cases:
         "2^31 rows": {"batch": 2**12, "tokens": 2**20},
         "not aligned": {"make": shifted},
     }
-    for (name, options), channels, dtype in itertools.product(variations.items(), (8192, 4096, 1152), (torch.bfloat16, torch.float32)):
+    for (name, options), channels, dtype in itertools.product(
+        variations.items(), (8192, 4096, 3072, 1152), (torch.bfloat16, torch.float32)
+    ):
         yield f"{channels} {short(dtype)}, {name}", _modulate(channels, dtype, **options)
 
 
@@ -310,9 +324,147 @@ def rotary_cases() -> Cases:
             yield f"{name}, tokens innermost", _rotary(heads, width, dtype, norm, "half", tokens="innermost", **options)
 
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _sizes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., torch.Tensor]]]:
+    """How batches of samples come: of many chunks and of one, of sizes that 16 divides and does not, not aligned."""
+    for name, make, shape in (("long", empty, (2, 2**16)), ("short", empty, (4, 250)), ("shifted", shifted, (2, 2**16))):
+        yield f"{short(dtype)}, {name}", functools.partial(make, *shape, dtype=dtype)
+
+
+def _some(count: int, name: str) -> Iterator[tuple[bool, ...]]:
+    """All of so many gradients; of long samples in bfloat16 and float32 also each alone."""
+    yield (True,) * count
+    if count > 1 and name in ("bfloat16, long", "float32, long"):
+        yield from (tuple(i == j for j in range(count)) for i in range(count))
+
+
+def distillation_cases() -> Cases:
+    """Products: every op x dtype x size x {raw outputs, denoised} x distance, and all gradients; for two of them each alone."""
+    for dtype in FLOATS:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        one, double = empty(1, dtype=wide), empty(1, dtype=torch.float64)
+        for name, make in _sizes(dtype):
+            x = make()
+            for raw, distance in itertools.product((False, True), ("pseudo_huber", "squared_l2")):
+                given = (x, x, x, *((x, one, one) if raw else (None,) * 3), one, one, distance)
+                yield f"sim_loss, {name}, {raw}, {distance}", functools.partial(distillation.sim_loss, *given)
+                for needs in _some(3 + raw, name):
+                    call = functools.partial(distillation.sim_loss_backward, one, *given, double, double, (*needs, *[False] * (not raw)))
+                    yield f"sim_loss_backward, {name}, {raw}, {distance}, {needs}", call
+            for op in ("moment_matching_loss", "moment_matching_auxiliary_loss"):
+                yield f"{op}, {name}", functools.partial(getattr(distillation, op), x, x, x, one)
+                yield f"{op}_recorded, {name}", functools.partial(getattr(distillation, f"{op}_recorded"), x, x, x, one, [True])
+                yield f"{op}_backward, {name}", functools.partial(getattr(distillation, f"{op}_backward"), one, x, x, x, one, [True])
+
+
+def sampling_cases() -> Cases:
+    """Products: every op x dtype x size, with guidance and without, and all gradients; for two of them each alone."""
+    seed = empty(dtype=torch.int64)
+    for dtype in FLOATS:
+        one = empty(1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for name, make in _sizes(dtype):
+            x = make()
+            given = (x, x, one, one, seed, 3)
+            yield f"posterior_sample, {name}", functools.partial(sampling.posterior_sample, *given)
+            for needs in _some(2, name):
+                yield f"posterior_sample_backward, {name}, {needs}", functools.partial(sampling.posterior_sample_backward, x, *given, needs)
+            for uncond in (x, None):
+                step = (x, x, one, one, uncond, one)
+                yield f"guided_step, {name}, {uncond is None}", functools.partial(sampling.guided_step, *step)
+                for needs, grads in itertools.product(_some(2 + (uncond is not None), name), ((x, one), (x, None), (None, one))):
+                    wanted = (*needs, *[False] * (uncond is None))
+                    call = functools.partial(sampling.guided_step_backward, *grads, *step, wanted)
+                    yield f"guided_step_backward, {name}, {wanted}, {[g is None for g in grads]}", call
+
+
+def score_matching_cases() -> Cases:
+    """Products: every op x dtype x size, of a pair and not, and all gradients; for two of them each alone."""
+    seed = empty(dtype=torch.int64)
+    for dtype in FLOATS:
+        one = empty(1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        three = (one,) * 3
+        for name, make in _sizes(dtype):
+            x = make()
+            yield f"lcss_noise, {name}", functools.partial(score_matching.lcss_noise, x, seed, 3)
+            yield f"lcss_perturb, {name}", functools.partial(score_matching.lcss_perturb, x, one, seed, 3)
+            yield f"scale_samples, {name}", functools.partial(scale_samples_, x, one.expand(x.shape[0]))
+            yield f"denoising_loss, {name}", functools.partial(score_matching.denoising_loss, x, x, one)
+            for needs in _some(2, name):
+                yield (
+                    f"denoising_loss_recorded, {name}, {needs}",
+                    functools.partial(score_matching.denoising_loss_recorded, x, x, one, needs),
+                )
+                call = functools.partial(score_matching.denoising_loss_backward, one, x, x, one, needs)
+                yield f"denoising_loss_backward, {name}, {needs}", call
+            for mirrored in (x, None):
+                stored, seeded = (x, x, mirrored, *three), (x, seed, mirrored, *three, 3)
+                pair = mirrored is not None
+                yield f"lcss_loss, {name}, {pair}", functools.partial(score_matching.lcss_loss, *stored)
+                yield f"lcss_loss_seeded, {name}, {pair}", functools.partial(score_matching.lcss_loss_seeded, *seeded)
+                for op, args, count in (("lcss_loss", stored, 2), ("lcss_loss_seeded", seeded, 1)):
+                    for needs in _some(count + pair, name):
+                        wanted = (*needs, *[False] * (not pair))
+                        call = functools.partial(getattr(score_matching, f"{op}_recorded"), *args, wanted)
+                        yield f"{op}_recorded, {name}, {wanted}", call
+                        call = functools.partial(getattr(score_matching, f"{op}_backward"), one, *args, wanted)
+                        yield f"{op}_backward, {name}, {wanted}", call
+
+
+def skipping_cases() -> Cases:
+    """Products: the criteria x dtype x size; steps with every set of operands that goes together x dtype, some of them x size."""
+    for dtype in FLOATS:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for name, make in _sizes(dtype):
+            x = make()
+            yield f"third_order_skip, {name}", functools.partial(skipping.third_order_skip, x, x, x, empty(1, dtype=wide))
+            yield f"third_order_difference, {name}", functools.partial(skipping.third_order_difference, x, x, x, x)
+            if dtype == torch.float64:
+                continue
+            state, rows = empty(x.shape[0], 9, dtype=torch.float64), empty(x.shape[0], dtype=torch.int64)
+            for kind in itertools.product((None, x), (None, rows), (None, x), (None, x), (None, x), ("none", "official", "tensor")):
+                uncond, chosen, held, previous, point, mode = kind
+                if (previous is not None and point is not None) or (chosen is None) != (held is None):
+                    continue
+                if mode != "none" and not name.endswith("long"):
+                    continue
+                before = (x, x) if mode == "tensor" else (None, None)
+                call = functools.partial(
+                    skipping.solver_step, x, x, uncond, chosen, held, held, previous, point, *before, None if mode == "none" else state,
+                    1.5, 1.0, 2.0, 1.5, 1.2, 0.4, 1.0, 1.1, 1.2, 1.3, mode, 0.1, 4, mode != "none", False,
+                )  # fmt: skip
+                yield f"solver_step, {name}, {[k is not None for k in kind[:-1]]}, {mode}", call
+            reuse = functools.partial(
+                skipping.solver_step, x, None, None, None, x, x, x, None, x, x, state[:1],
+                1.5, 1.0, 2.0, 1.5, 1.2, 0.4, 1.0, 1.1, 1.2, 1.3, "tensor", 0.1, 4, False, True,
+            )  # fmt: skip
+            yield f"solver_step, {name}, reuse", reuse
+
+
+def schedule_cases() -> Cases:
+    """Products: costs x dtype x size x levels of each sample or all; schedules x dtypes x interpolation x one interval or many."""
+    for dtype in FLOATS:
+        for (name, make), levels in itertools.product(_sizes(dtype), (1, None)):
+            x = make()
+            sigma = empty(levels or x.shape[0], dtype=torch.float64)
+            yield f"incremental_cost, {name}, {levels}", functools.partial(schedule.incremental_cost, x, x, x, sigma, sigma, 0.5)
+    for dtypes, intervals, interpolation in itertools.product(
+        itertools.product((torch.float32, torch.float64), repeat=2), (1, 17, 256), ("pchip", "linear")
+    ):
+        sigmas, costs = empty(2, intervals + 1, dtype=dtypes[0]), empty(2, intervals, dtype=dtypes[1])
+        name = f"integrate_schedule, {intervals}, {interpolation}, {[short(d) for d in dtypes]}"
+        yield name, functools.partial(schedule.integrate_schedule, sigmas, costs, 18, interpolation)
+
+
 FAMILIES: dict[str, Callable[[], Cases]] = {
     "attention": attention_cases,
     "modulate": modulate_cases,
     "group_norm": group_norm_cases,
     "rotary": rotary_cases,
+    "distillation": distillation_cases,
+    "sampling": sampling_cases,
+    "score_matching": score_matching_cases,
+    "skipping": skipping_cases,
+    "schedule": schedule_cases,
 }

@@ -228,10 +228,12 @@ def test_a_width_is_padded_as_little_as_two_powers_of_two_allow(width, held):
     assert sum(_attention_tiles.pieces(width)) == held
 
 
-def case(width, dtype, queries=1040, keys=1040, backward=True, dual=True):
+def case(width, dtype, queries=1040, keys=1040, forward=True, backward=True, dual=True):
     def launch_all():
         q, k, v = operands((1, queries, keys, 2, width), dtype)
-        out, lse = attention.attention(q, k, v, 0.2, None)
+        out, lse = q, torch.empty(1, 2, queries)
+        if forward:
+            attention.attention(q, k, v, 0.2, None)
         if backward:
             attention.attention_backward(out, None, q, k, v, 0.2, None, out, lse, [True] * 3)
         if dual:
@@ -245,6 +247,8 @@ def test_launches_stay_in_their_budgets(monkeypatch):
         "dit 72": case(72, torch.bfloat16),
         "edm 256": case(256, torch.float16, 256, 256, dual=False),
         "float32 128": case(128, torch.float32, backward=False, dual=False),
+        "dual 96": case(96, torch.bfloat16, forward=False, backward=False),
+        "dual float32 48": case(48, torch.float32, forward=False, backward=False),
     }
     check_budgets("attention", cases, monkeypatch)
 

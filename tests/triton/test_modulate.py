@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastdiff_kernels._registry import OPS
 from fastdiff_kernels.reference import modulate as definition
 from fastdiff_kernels.triton import _sums, modulate
 from tests.helpers import assert_bitwise, assert_within_eager, outputs_of
@@ -179,6 +180,12 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
+def test_refuses_float64_rows_that_its_registers_do_not_hold():
+    refuses = OPS["layer_norm_modulate"].refuses
+    assert refuses("triton", torch.empty(1, 1, 4096, dtype=torch.float64)) is None
+    assert "at most 4096 channels in float64; there are 5000" in refuses("triton", torch.empty(1, 1, 5000, dtype=torch.float64))
+
+
 def budget_case(channels, dtype, picked):
     """Forward and backward of the calls picked."""
     calls = calls_of((1, 16, channels), ("BC", "BC", "BC"), dtype, torch.float32, "cpu")
@@ -191,10 +198,13 @@ def budget_case(channels, dtype, picked):
 
 
 def test_launch_budgets(monkeypatch):
-    """Widths of DiT-XL/2, an EDM block and Flux.2: rows held by a part of a warp, by warps, and too wide to be held twice."""
+    """Widths of DiT-XL/2, an EDM block, Flux.2 and Z-Image: rows held by a part of a warp, by warps, and too wide to be held twice."""
+    narrow = calls_of((1, 16, 6144), ("BC", "BC", "BC"), torch.bfloat16, torch.bfloat16, "cpu")[8][1]
     cases = {
         "1152 bfloat16": budget_case(1152, torch.bfloat16, (8,)),
         "256 float32": budget_case(256, torch.float32, (2,)),
         "6144 bfloat16": budget_case(6144, torch.bfloat16, (8,)),
+        "6144 bfloat16 throughout": lambda: modulate.gate_residual_norm_modulate(*narrow),
+        "3840 bfloat16, RMS norm": budget_case(3840, torch.bfloat16, (7,)),
     }
     check_budgets("modulate", cases, monkeypatch)
