@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # Idle OpenMP threads that spin take the core from the other worker.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test bench tables gpu tune wheel lint build doctor clean
+.PHONY: demo test bench tables gpu tune spills wheel lint build doctor clean
 
 demo: $(READY)
 	$(VENV)/bin/fastdiff demo --out $(OUT)
@@ -36,6 +36,10 @@ gpu: $(READY)
 tune: $(READY)
 	$(PY) -m benchmarks.tune
 	$(PY) -m benchmarks.tune --choices
+
+# Hours on two cores, some at a time: it goes on where it was stopped.
+spills: $(READY)
+	$(PY) -m tests.check_spills
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -22,8 +22,8 @@ def attention(
     """softmax(scale q k^T) v for each head, without a causal mask.
 
     Args:
-        q: [B, N, H, D], float32, bfloat16, float16 or float64, any strides (the parts of one packed projection are read in place);
-            D from 1 to 256, any value.
+        q: [B, N, H, D], float32, bfloat16, float16 or float64, any strides (the parts of one packed projection are read in place;
+            on GPU, rows that do not begin and end at multiples of 16 bytes are copied); D from 1 to 256, any value.
         k, v: [B, M, H, D], q's dtype, any strides.
         scale: finite; None means 1 / sqrt(D).
         key_lengths: [B], int32 or int64. Sample b attends to its first key_lengths[b] keys alone, the number clamped to [0, M]; what
