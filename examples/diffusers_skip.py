@@ -1,17 +1,22 @@
 """Adaptive skipping in a Stable Diffusion pipeline: one line, no callback, and the count of calls it saved.
 
-    python examples/diffusers_skip.py
+    python examples/diffusers_skip.py --out skipped.png
 
 The pipeline is Stable Diffusion's own class around a small U-Net and decoder with random weights; prompts are given as embeddings. How far
-the picture moves from the one with all calls is a matter of the threshold, and printed as peak signal-to-noise ratio.
+the picture moves from the one with all calls is a matter of the threshold, and printed as peak signal-to-noise ratio. The file has the
+picture with all calls and one for each threshold, side by side.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
+from PIL import Image
 
 from fastdiff_kernels.integrations.diffusers import disable_adaptive_skip, enable_adaptive_skip, patch
 
@@ -37,7 +42,7 @@ def pipeline() -> diffusers.StableDiffusionPipeline:
     return pipe
 
 
-def main(steps: int = 50, thresholds: tuple[float, ...] = (0.003, 0.01, 0.03)) -> dict[float, tuple[int, float]]:
+def main(steps: int = 50, thresholds: tuple[float, ...] = (0.003, 0.01, 0.03), out: Path | None = None) -> dict[float, tuple[int, float]]:
     """Calls saved and PSNR in dB, by threshold."""
     pipe = pipeline()
     patch(pipe)
@@ -49,15 +54,23 @@ def main(steps: int = 50, thresholds: tuple[float, ...] = (0.003, 0.01, 0.03)) -
         return pipe(num_inference_steps=steps, **given).images
 
     full, found = image(), {}
+    pictures = [full]
     for threshold in thresholds:
         handle = enable_adaptive_skip(pipe, threshold)
-        error = float((image() - full).square().mean())
+        pictures.append(image())
+        error = float((pictures[-1] - full).square().mean())
         psnr = math.inf if error == 0 else -10 * math.log10(error)
         found[threshold] = (handle.saved, psnr)
         print(f"threshold {threshold}: {handle.saved} of {handle.calls} calls saved, {psnr:.1f} dB from the picture with all of them")
     disable_adaptive_skip(pipe)
+    if out is not None:
+        pixels = torch.cat([x[0].permute(1, 2, 0) for x in pictures], 1).repeat_interleave(4, 0).repeat_interleave(4, 1) * 255
+        Image.fromarray(pixels.numpy().astype(np.uint8)).save(out)
+        print(f"wrote {out}: all calls, thresholds {', '.join(map(str, thresholds))}")
     return found
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("skipped.png"))
+    main(out=parser.parse_args().out)
