@@ -182,8 +182,11 @@ def with_compiled(case: Case) -> Case:
     return replace(case, workload=replace(case.workload, rivals=compiled))
 
 
+def compiles(case: Case, quick: bool) -> bool:
+    what = (case.workload.network, case.mode)
+    # Inductor's gradient of this one is wrong on a CPU, with the patch and without (docs/integrations.md); the check would end the run.
+    return GPU or (what == ("DiT", "forward") if quick else what != ("SD-U-Net", "fwd+bwd"))
+
+
 def test_speed(case: Case, measure, request) -> None:
-    quick = request.config.getoption("--quick") and not GPU
-    if not quick or (case.workload.network, case.mode) == ("DiT", "forward"):
-        case = with_compiled(case)
-    measure(case)
+    measure(with_compiled(case) if compiles(case, request.config.getoption("--quick")) else case)
