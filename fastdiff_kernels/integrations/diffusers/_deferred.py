@@ -16,6 +16,7 @@ import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
 from ... import ops
@@ -199,7 +200,8 @@ def _waits(module: nn.Module, x: Tensor, op: str) -> bool:
         or type(x) is not Tensor
         or x.dim() != 3
         or is_watched(module)
-        or torch.is_autocast_enabled(x.device.type)
+        or _has_any_global_hook()
+        or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
         or not pays(op, x)
     )
 
