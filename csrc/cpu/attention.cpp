@@ -8,7 +8,8 @@ namespace fastdiff::FASTDIFF_VARIANT {
 namespace {
 
 // A block of queries of one head is a unit of work. It goes through the keys block by block, with what it has summed so far scaled down
-// whenever a greater logit comes; a head's keys and values are copied once into rows of the type that is computed in.
+// whenever a greater logit comes. A head's values, and its keys where they cannot be read in place, are copied once into rows of the type
+// that is computed in.
 
 template <class A>
 struct ForwardRoom {
@@ -33,42 +34,48 @@ struct ForwardRoom {
 
 // The sums of a block of queries over all keys: of exponentials in `sum`, of values times them in `result`.
 template <class A>
-void attend(ForwardRoom<A>& room, int64_t queries, int64_t keys, int64_t width) {
-  const int64_t tiled = padded(queries, kTileRows), n = room.columns.row;
-  for (int64_t k = 0; k < keys; k += kForwardKeys) {
-    const int64_t count = std::min(kForwardKeys, keys - k);
-    multiply<A>({room.keys + k * room.row, room.row, 1}, room.turned, n, room.columns.logits, n, padded(count, kTileRows), width, room.block, false);
+void attend(ForwardRoom<A>& room, Factor<A> keys, int64_t queries, int64_t keys_, int64_t width, Ahead& ahead) {
+  const int64_t tiled = padded(queries, kTileRows), w = room.row, n = room.columns.row;
+  for (int64_t k = 0; k < keys_; k += kForwardKeys) {
+    const int64_t count = std::min(kForwardKeys, keys_ - k), tiled_keys = padded(count, kTileRows);
+    multiply<A>({keys.data + k * keys.row, keys.row, 1}, room.turned, n, room.columns.logits, n, tiled_keys, width, room.block, false, ahead);
     exponentials(room.columns, count, k == 0);
-    if (k) scale_rows(room.result, tiled, room.width, room.row, room.columns.factor);
-    multiply<A>({room.columns.logits, 1, n}, room.values + k * room.row, room.row, room.result, room.row, tiled, count, room.width, k > 0);
+    if (k) scale_rows(room.result, tiled, room.width, w, room.columns.factor);
+    multiply<A>({room.columns.logits, 1, n}, room.values + k * w, w, room.result, w, tiled, count, room.width, k > 0, ahead);
   }
 }
 
 template <class T>
-void forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, T* out, PerQuery<Acc<T>> lse, Acc<T> scale, const KeyLengths& lengths) {
+void forward(
+    const Tensor& q_, const TokensOf<T>& k, const TokensOf<T>& v, const ResultOf<T>& out, PerQuery<Acc<T>> lse, Acc<T> scale,
+    const KeyLengths& lengths) {
   using A = Acc<T>;
-  const Heads<T> q(q_), k(k_), v(v_);
-  const int64_t blocks = (q.rows + kQueryBlock - 1) / kQueryBlock;
+  const TokensOf<T> q(q_);
+  const Blocks blocks(q);
   const int64_t work = kQueryBlock * std::max<int64_t>(k.rows, 1) * q.width;
-  torch::stable::parallel_for(0, q.batch * q.heads * blocks, std::max<int64_t>(1, (1 << 20) / work), [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, q.batch * q.heads * blocks.count, std::max<int64_t>(1, (1 << 20) / work), [&](int64_t first, int64_t last) {
     ForwardRoom<A> room(q_, k.rows);
-    int64_t packed = -1;
+    Factor<A> keys{};
+    int64_t known = -1;
     for (int64_t i = first; i < last; ++i) {
-      const int64_t unit = i / blocks, b = unit / q.heads, h = unit % q.heads, count = lengths[b];
-      const int64_t begin = i % blocks * kQueryBlock, rows = std::min(kQueryBlock, q.rows - begin);
-      if (unit != packed) {
-        k.copy(b, h, 0, count, padded(count, kTileRows), 1, room.keys, room.row);
-        v.copy(b, h, 0, count, count, 1, room.values, room.row);
-        packed = unit;
+      const auto [unit, b, h, index, begin, rows] = blocks[i];
+      const int64_t count = lengths[b];
+      if (unit != known) {
+        keys = rows_of(k, b, h, 0, count, padded(count, kTileRows), k.width, room.keys, room.row);
+        copy_rows(v, b, h, 0, count, count, room.values, room.row);
+        known = unit;
       }
-      q.copy(b, h, begin, rows, room.block, scale, room.queries, room.row);
-      transpose(room.queries, room.block, room.width, room.row, room.turned, room.columns.row);
-      attend(room, rows, count, q.width);
+      const Factor<A> queries = rows_of(q, b, h, begin, rows, room.block, room.width, room.queries, room.row);
+      transpose(queries.data, room.block, room.width, queries.row, scale, room.turned, room.columns.row);
+      Ahead ahead;
+      look_ahead(ahead, q, k, v, blocks, i, last);
+      ahead.add(out.at(b, begin, h), out.row_stride, q.width, rows);
+      attend(room, keys, rows, count, q.width, ahead);
       if (count == 0) {
         std::fill(room.result, room.result + rows * room.row, A(0));
         room.columns.forget(rows);
       }
-      write_head(out, q, b, h, begin, rows, room.result, room.row, [&](int64_t r) { return A(1) / room.columns.sum[r]; });
+      write_head(out, q.width, b, h, begin, rows, room.result, room.row, [&](int64_t r) { return A(1) / room.columns.sum[r]; });
       for (int64_t r = 0; r < rows; ++r) lse.head(b, h)[begin + r] = room.columns.log_sum(r);
     }
   });
@@ -80,7 +87,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   dispatch(q.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    forward<T>(q, k, v, write<T>(out), {write<A>(lse), q.size(2), q.size(1)}, static_cast<A>(scale), lengths);
+    const PerQuery<A> log_sums{write<A>(lse), q.size(2), q.size(1)};
+    forward(q, TokensOf<T>(k), TokensOf<T>(v), ResultOf<T>(out), log_sums, static_cast<A>(scale), lengths);
   });
   return {out, lse};
 }

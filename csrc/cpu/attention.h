@@ -5,6 +5,7 @@
 // Logits are kept transposed, [keys, queries]: keys then serve as they lie as the left factor of the product, a query's sums and maxima run
 // down a column, of which the registers take one for each lane, and only the few queries at hand need transposing.
 
+#include "cpu/heads.h"
 #include "cpu/small_matmul.h"
 
 namespace fastdiff::FASTDIFF_VARIANT {
@@ -21,42 +22,94 @@ constexpr int64_t odd_lines(int64_t width) {
   return ((width + line - 1) / line | 1) * line;
 }
 
+// Rows [first, first + count) of a head as [padded_rows, to_row]; the columns beyond its width and the rows beyond count zero.
 template <class T>
-struct Heads {
-  const T* data;
-  int64_t batch, rows, heads, width;
-  int64_t batch_stride, row_stride, head_stride, stride;
-
-  explicit Heads(const Tensor& x)
-      : data(read<T>(x)),
-        batch(x.size(0)),
-        rows(x.size(1)),
-        heads(x.size(2)),
-        width(x.size(3)),
-        batch_stride(x.stride(0)),
-        row_stride(x.stride(1)),
-        head_stride(x.stride(2)),
-        stride(x.stride(3)) {}
-
-  const T* head(int64_t b, int64_t h) const { return data + b * batch_stride + h * head_stride; }
-
-  // Rows [first, first + count) of a head as [padded_rows, to_row], times factor; the columns beyond width and the rows beyond count zero.
-  void copy(int64_t b, int64_t h, int64_t first, int64_t count, int64_t padded_rows, Acc<T> factor, Acc<T>* to, int64_t to_row) const {
-    for (int64_t r = 0; r < count; ++r) {
-      const T* from = head(b, h) + (first + r) * row_stride;
-      Acc<T>* row = to + r * to_row;
-      // The next head's rows lie far apart, where the processor's own prefetching does not look for them.
-      for (int64_t d = 0; d < width; d += 64 / int64_t{sizeof(T)}) __builtin_prefetch(from + (heads > 1 ? head_stride : batch_stride) + d, 0, 2);
-      if (stride == 1) {
-        for (int64_t d = 0; d < width; ++d) row[d] = factor * load(from[d]);
-      } else {
-        for (int64_t d = 0; d < width; ++d) row[d] = factor * load(from[d * stride]);
-      }
-      for (int64_t d = width; d < to_row; ++d) row[d] = 0;
+void copy_rows(const TokensOf<T>& x, int64_t b, int64_t h, int64_t first, int64_t count, int64_t padded_rows, Acc<T>* to, int64_t to_row) {
+  for (int64_t r = 0; r < count; ++r) {
+    const T* from = x.at(b, first + r, h);
+    Acc<T>* row = to + r * to_row;
+    if (x.stride == 1) {
+      for (int64_t d = 0; d < x.width; ++d) row[d] = load(from[d]);
+    } else {
+      for (int64_t d = 0; d < x.width; ++d) row[d] = load(from[d * x.stride]);
     }
-    std::fill(to + count * to_row, to + padded_rows * to_row, Acc<T>(0));
+    for (int64_t d = x.width; d < to_row; ++d) row[d] = 0;
+  }
+  std::fill(to + count * to_row, to + padded_rows * to_row, Acc<T>(0));
+}
+
+// The same of which the first `columns` are read: where they lie if nothing has to be converted or padded, else copied to room.
+template <class T>
+Factor<Acc<T>> rows_of(
+    const TokensOf<T>& x, int64_t b, int64_t h, int64_t first, int64_t count, int64_t padded_rows, int64_t columns, Acc<T>* room,
+    int64_t room_row) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    if (x.stride == 1 && count == padded_rows && columns <= x.width) return {x.at(b, first, h), x.row_stride, 1};
+  }
+  copy_rows(x, b, h, first, count, padded_rows, room, room_row);
+  return {room, room_row, 1};
+}
+
+// Blocks of queries, head by head.
+struct Blocks {
+  int64_t rows, heads, count;  // of queries, of heads, of blocks of a head
+
+  struct Block {
+    int64_t unit, b, h, index, begin, rows;
+  };
+
+  template <class T>
+  explicit Blocks(const TokensOf<T>& q) : rows(q.rows), heads(q.heads), count((q.rows + kQueryBlock - 1) / kQueryBlock) {}
+
+  Block operator[](int64_t i) const {
+    const int64_t unit = i / count, begin = i % count * kQueryBlock;
+    return {unit, unit / heads, unit % heads, i % count, begin, std::min(kQueryBlock, rows - begin)};
   }
 };
+
+// Rows that will be read or written soon, asked for a few at a time while products are taken: those of the next head lie far apart, where
+// the processor's own prefetching does not look for them.
+class Ahead {
+ public:
+  template <class T>
+  void add(const TokensOf<T>& x, int64_t b, int64_t h, int64_t first, int64_t last) {
+    if (x.stride == 1) add(x.at(b, first, h), x.row_stride, x.width, last - first);
+  }
+
+  template <class T>
+  void add(const T* row, int64_t stride, int64_t width, int64_t rows) {
+    streams_[count_++] = {reinterpret_cast<const char*>(row), stride * int64_t{sizeof(T)}, width * int64_t{sizeof(T)}, rows};
+  }
+
+  void operator()() {
+    for (int64_t i = 0; i < count_; ++i) {
+      Rows& x = streams_[i];
+      if (x.left <= 0) continue;
+      --x.left;
+      for (int64_t byte = 0; byte < x.bytes; byte += 64) __builtin_prefetch(x.next + byte, 0, 2);
+      x.next += x.stride;
+    }
+  }
+
+ private:
+  struct Rows {
+    const char* next;
+    int64_t stride, bytes, left;
+  };
+  Rows streams_[8];
+  int64_t count_ = 0;
+};
+
+// The queries of the block after i, and a share of the keys and values of the next head, if there are such before `last`.
+template <class T>
+void look_ahead(Ahead& ahead, const TokensOf<T>& q, const TokensOf<T>& k, const TokensOf<T>& v, const Blocks& blocks, int64_t i, int64_t last) {
+  if (i + 1 == last) return;
+  const auto next = blocks[i + 1];
+  ahead.add(q, next.b, next.h, next.begin, next.begin + next.rows);
+  const int64_t index = blocks[i].index, unit = blocks[i].unit + 1, share = (k.rows + blocks.count - 1) / blocks.count;
+  if (unit * blocks.count >= last) return;
+  for (const auto* x : {&k, &v}) ahead.add(*x, unit / q.heads, unit % q.heads, index * share, std::min((index + 1) * share, k.rows));
+}
 
 // How many keys of each sample exist.
 class KeyLengths {
@@ -106,13 +159,24 @@ class Arena {
   A* next_;
 };
 
-// Rows [first, first + count) of a head of a contiguous result, each times its factor.
+// A result [B, N, H, D] with adjacent columns.
+template <class T>
+struct ResultOf {
+  T* data;
+  int64_t batch_stride, row_stride, head_stride;
+
+  explicit ResultOf(const Tensor& x) : data(write<T>(x)), batch_stride(x.stride(0)), row_stride(x.stride(1)), head_stride(x.stride(2)) {}
+  T* at(int64_t b, int64_t n, int64_t h) const { return data + b * batch_stride + n * row_stride + h * head_stride; }
+};
+
+// Rows [first, first + count) of a head of a result, each times its factor.
 template <class T, class F>
-FD_INLINE void write_head(T* to, const Heads<T>& like, int64_t b, int64_t h, int64_t first, int64_t count, const Acc<T>* from, int64_t from_row, F&& factor) {
+FD_INLINE void write_head(
+    const ResultOf<T>& to, int64_t width, int64_t b, int64_t h, int64_t first, int64_t count, const Acc<T>* from, int64_t from_row, F&& factor) {
   for (int64_t r = 0; r < count; ++r) {
-    T* row = to + ((b * like.rows + first + r) * like.heads + h) * like.width;
+    T* row = to.at(b, first + r, h);
     const Acc<T> f = factor(r);
-    for (int64_t d = 0; d < like.width; ++d) row[d] = store<T>(f * from[r * from_row + d]);
+    for (int64_t d = 0; d < width; ++d) row[d] = store<T>(f * from[r * from_row + d]);
   }
 }
 

@@ -32,7 +32,7 @@ struct BackwardRoom {
   int64_t row, column;                     // from one row of width to the next, and from one key's queries to the next key's
   Arena<A> arena;
   A *keys, *values, *grad_k, *grad_v;                      // a block of keys
-  A *queries, *grads, *turned_queries, *turned_grads;      // a block of queries
+  A *queries, *grads, *outputs, *turned_queries, *turned_grads;  // a block of queries
   A *probabilities, *logit_grads;                          // [keys, queries]
   A *grad_q, *lse, *delta;                                 // all queries
 
@@ -43,13 +43,14 @@ struct BackwardRoom {
         width(padded(q.size(3), kColumns<A>)),
         row(odd_lines<A>(width)),
         column(odd_lines<A>(block)),
-        arena(q, 4 * key_block * row + 2 * block * row + 2 * width * column + 2 * key_block * column + rows * (2 + (sums_queries ? row : 0))),
+        arena(q, 4 * key_block * row + 3 * block * row + 2 * width * column + 2 * key_block * column + rows * (2 + (sums_queries ? row : 0))),
         keys(arena.take(key_block * row)),
         values(arena.take(key_block * row)),
         grad_k(arena.take(key_block * row)),
         grad_v(arena.take(key_block * row)),
         queries(arena.take(block * row)),
         grads(arena.take(block * row)),
+        outputs(arena.take(block * row)),
         turned_queries(arena.take(width * column)),
         turned_grads(arena.take(width * column)),
         probabilities(arena.take(key_block * column)),
@@ -62,38 +63,31 @@ struct BackwardRoom {
 template <class T>
 struct Operands {
   using A = Acc<T>;
-  Heads<T> grad, q, k, v, out;
+  TokensOf<T> grad, q, k, v, out;
   PerQuery<const A> lse;
   const A* grad_lse;  // or null
   A scale;
 };
 
-// log-sum-exps of a head, and by how much its probabilities' gradients are moved to become the logits': <grad, output> - grad_lse.
+// log-sum-exps of a block of queries, and by how much their probabilities' gradients are moved to become the logits': <grad, output> - grad_lse.
 template <class T>
-void about_queries(const Operands<T>& x, int64_t b, int64_t h, BackwardRoom<Acc<T>>& room) {
+void about_queries(const Operands<T>& x, int64_t b, int64_t h, int64_t begin, int64_t rows, BackwardRoom<Acc<T>>& room) {
   using A = Acc<T>;
-  for (int64_t begin = 0; begin < x.q.rows; begin += room.block) {
-    const int64_t rows = std::min(room.block, x.q.rows - begin);
-    x.grad.copy(b, h, begin, rows, rows, 1, room.grads, room.row);
-    x.out.copy(b, h, begin, rows, rows, 1, room.queries, room.row);
-    for (int64_t r = 0; r < rows; ++r) {
-      const A *g = room.grads + r * room.row, *o = room.queries + r * room.row;
-      Lanes<A> sums{}, u, v;
-      for (int64_t d = 0; d < room.width; d += kLanes<A>) {
-        load_lanes(g + d, u);
-        load_lanes(o + d, v);
-        sums += u * v;
-      }
-      room.delta[begin + r] = sum_of_lanes<A>(sums);
+  const Factor<A> outputs = rows_of(x.out, b, h, begin, rows, rows, room.width, room.outputs, room.row);
+  const int64_t offset = (b * x.q.heads + h) * x.q.rows + begin;
+  for (int64_t r = 0; r < rows; ++r) {
+    const A *g = room.grads + r * room.row, *o = outputs.data + r * outputs.row;
+    Lanes<A> sums{}, u, v;
+    for (int64_t d = 0; d < room.width; d += kLanes<A>) {
+      load_lanes(g + d, u);
+      load_lanes(o + d, v);
+      sums += u * v;
     }
+    room.lse[begin + r] = x.lse.data[offset + r];
+    room.delta[begin + r] = sum_of_lanes<A>(sums) - (x.grad_lse ? x.grad_lse[offset + r] : A(0));
   }
-  const int64_t offset = (b * x.q.heads + h) * x.q.rows;
-  for (int64_t r = 0; r < x.q.rows; ++r) {
-    room.lse[r] = x.lse.data[offset + r];
-    if (x.grad_lse) room.delta[r] -= x.grad_lse[offset + r];
-  }
-  std::fill(room.lse + x.q.rows, room.lse + room.rows, A(0));
-  std::fill(room.delta + x.q.rows, room.delta + room.rows, A(0));
+  std::fill(room.lse + begin + rows, room.lse + begin + room.block, A(0));
+  std::fill(room.delta + begin + rows, room.delta + begin + room.block, A(0));
 }
 
 // From logits in `probabilities` and the probabilities' gradients in `logit_grads`: the probabilities, and the logits' gradients.
@@ -114,76 +108,116 @@ void probabilities_and_gradients(BackwardRoom<A>& room, int64_t count, const A* 
   }
 }
 
-// Gradients of a block of keys, and its share of those of all queries.
+// A block of keys of one head.
+struct Keys {
+  int64_t b, h, begin, count;
+};
+
+template <class T>
+struct Gradients {
+  std::optional<ResultOf<T>> q, k, v;
+};
+
+// What the block of queries at `begin` writes, what the next one reads, and its share of the next keys.
+template <class T>
+Ahead look_ahead(const Operands<T>& x, const Gradients<T>& to, const Keys& keys, const Keys& next, int64_t begin, int64_t block) {
+  Ahead ahead;
+  const int64_t rows = x.q.rows, blocks = (rows + block - 1) / block, index = begin / block;
+  const auto share = [&](int64_t count) { return (count + blocks - 1) / blocks; };
+  const auto result = [&](const std::optional<ResultOf<T>>& y, const TokensOf<T>& like, int64_t first, int64_t last) {
+    if (y) ahead.add(y->at(keys.b, first, keys.h), y->row_stride, like.width, last - first);
+  };
+  const int64_t own = share(keys.count), own_first = keys.begin + index * own, own_last = std::min(own_first + own, keys.begin + keys.count);
+  result(to.k, x.k, own_first, own_last);
+  result(to.v, x.v, own_first, own_last);
+  result(to.q, x.q, begin, std::min(begin + block, rows));
+  const bool here = begin + block < rows;
+  if (here || next.count) {
+    const int64_t b = here ? keys.b : next.b, h = here ? keys.h : next.h, first = here ? begin + block : 0;
+    for (const auto* y : {&x.q, &x.grad, &x.out}) ahead.add(*y, b, h, first, std::min(first + block, rows));
+  }
+  const int64_t theirs = share(next.count), first = next.begin + index * theirs, last = std::min(first + theirs, next.begin + next.count);
+  for (const auto* y : {&x.k, &x.v}) ahead.add(*y, next.b, next.h, first, last);
+  return ahead;
+}
+
+// Gradients of a block of keys, and its share of those of all queries, which it is the first of its run to add to or not; `known`: whether
+// what is about the queries has been gathered.
 template <class T>
 void one_key_block(
-    const Operands<T>& x, int64_t b, int64_t h, int64_t count, bool first, BackwardRoom<Acc<T>>& room, bool want_q, bool want_k, bool want_v) {
+    const Operands<T>& x, const Gradients<T>& to, const Keys& keys, const Keys& next, bool first, bool known, BackwardRoom<Acc<T>>& room) {
   using A = Acc<T>;
-  const int64_t w = room.row, n = room.column, tiled_keys = padded(count, kTileRows);
+  const int64_t w = room.row, n = room.column, count = keys.count, tiled_keys = padded(count, kTileRows);
+  copy_rows(x.k, keys.b, keys.h, keys.begin, count, tiled_keys, room.keys, w);
+  const Factor<A> values = rows_of(x.v, keys.b, keys.h, keys.begin, count, tiled_keys, x.v.width, room.values, w);
   for (int64_t begin = 0; begin < x.q.rows; begin += room.block) {
     const int64_t rows = std::min(room.block, x.q.rows - begin), tiled = padded(rows, kTileRows);
     const bool more = begin > 0;
-    x.q.copy(b, h, begin, rows, room.block, x.scale, room.queries, w);
-    x.grad.copy(b, h, begin, rows, room.block, 1, room.grads, w);
-    transpose(room.queries, room.block, room.width, w, room.turned_queries, n);
-    transpose(room.grads, room.block, room.width, w, room.turned_grads, n);
-    multiply<A>({room.keys, w, 1}, room.turned_queries, n, room.probabilities, n, tiled_keys, x.q.width, room.block, false);
-    multiply<A>({room.values, w, 1}, room.turned_grads, n, room.logit_grads, n, tiled_keys, x.q.width, room.block, false);
+    Ahead ahead = look_ahead(x, to, keys, next, begin, room.block);
+    copy_rows(x.q, keys.b, keys.h, begin, rows, room.block, room.queries, w);
+    copy_rows(x.grad, keys.b, keys.h, begin, rows, room.block, room.grads, w);
+    if (!known) about_queries(x, keys.b, keys.h, begin, rows, room);
+    transpose(room.queries, room.block, room.width, w, x.scale, room.turned_queries, n);
+    transpose(room.grads, room.block, room.width, w, A(1), room.turned_grads, n);
+    multiply<A>({room.keys, w, 1}, room.turned_queries, n, room.probabilities, n, tiled_keys, x.q.width, room.block, false, ahead);
+    multiply<A>(values, room.turned_grads, n, room.logit_grads, n, tiled_keys, x.q.width, room.block, false, ahead);
     probabilities_and_gradients(room, count, room.lse + begin, room.delta + begin);
-    if (want_v) multiply<A>({room.probabilities, n, 1}, room.grads, w, room.grad_v, w, tiled_keys, rows, room.width, more);
-    if (want_k) multiply<A>({room.logit_grads, n, 1}, room.queries, w, room.grad_k, w, tiled_keys, rows, room.width, more);
-    if (want_q) multiply<A>({room.logit_grads, 1, n}, room.keys, w, room.grad_q + begin * w, w, tiled, count, room.width, !first);
+    if (to.v) multiply<A>({room.probabilities, n, 1}, room.grads, w, room.grad_v, w, tiled_keys, rows, room.width, more, ahead);
+    if (to.k) multiply<A>({room.logit_grads, n, 1}, room.queries, w, room.grad_k, w, tiled_keys, rows, room.width, more, ahead);
+    if (to.q) multiply<A>({room.logit_grads, 1, n}, room.keys, w, room.grad_q + begin * w, w, tiled, count, room.width, !first, ahead);
   }
+  if (to.k) write_head(*to.k, x.k.width, keys.b, keys.h, keys.begin, count, room.grad_k, w, [&](int64_t) { return x.scale; });
+  if (to.v) write_head(*to.v, x.v.width, keys.b, keys.h, keys.begin, count, room.grad_v, w, [](int64_t) { return A(1); });
 }
 
 template <class T>
-void clear_rows(T* to, const Heads<T>& like, int64_t b, int64_t h, int64_t first, int64_t last) {
+void clear_rows(const ResultOf<T>& to, int64_t width, int64_t b, int64_t h, int64_t first, int64_t last) {
   for (int64_t r = first; r < last; ++r) {
-    T* row = to + ((b * like.rows + r) * like.heads + h) * like.width;
-    std::fill(row, row + like.width, store<T>(0));
+    T* row = to.at(b, r, h);
+    std::fill(row, row + width, store<T>(0));
   }
 }
 
 template <class T>
-void backward(const Operands<T>& x, const Tensor& q_, T* grad_q, T* grad_k, T* grad_v, const KeyLengths& lengths) {
+void backward(const Operands<T>& x, const Tensor& q_, const Gradients<T>& to, const KeyLengths& lengths) {
   using A = Acc<T>;
   const Runs runs(x.q.heads, x.k.rows);
   const int64_t size = x.q.rows * x.q.width, work = std::max<int64_t>(x.q.rows, 1) * std::min(runs.keys, x.k.rows + 1) * x.q.width;
   // Shares of the queries' gradient, [B H, runs, N, D].
-  const bool shared = grad_q && runs.count > 1;
+  const bool shared = to.q && runs.count > 1;
   Tensor shares = torch::stable::new_empty(
       q_, {shared ? x.q.batch * x.q.heads * runs.count * size : 0}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
   A* share = write<A>(shares);
+  // The keys from `begin` of run i on that some query reaches; without queries no gradient does.
+  const auto block_of = [&](int64_t i, int64_t begin) {
+    const int64_t unit = i / runs.count, b = unit / x.q.heads, end = std::min((i % runs.count + 1) * runs.keys, x.k.rows);
+    const int64_t reached = x.q.rows ? std::min(lengths[b], end) : 0;
+    return Keys{b, unit % x.q.heads, begin, std::clamp<int64_t>(reached - begin, 0, kKeyBlock)};
+  };
   torch::stable::parallel_for(
       0, x.q.batch * x.q.heads * runs.count, std::max<int64_t>(1, (1 << 19) / work), [&](int64_t first_unit, int64_t last_unit) {
-        BackwardRoom<A> room(q_, x.k.rows, grad_q != nullptr);
+        BackwardRoom<A> room(q_, x.k.rows, to.q.has_value());
         int64_t known = -1;
         for (int64_t i = first_unit; i < last_unit; ++i) {
           const int64_t unit = i / runs.count, b = unit / x.q.heads, h = unit % x.q.heads;
           const int64_t begin = i % runs.count * runs.keys, end = std::min(begin + runs.keys, x.k.rows);
-          // Without queries no gradient reaches a key.
-          const int64_t reached = std::clamp(x.q.rows ? lengths[b] : 0, begin, std::max(begin, end));
-          if (grad_k) clear_rows(grad_k, x.k, b, h, reached, end);
-          if (grad_v) clear_rows(grad_v, x.v, b, h, reached, end);
-          if (reached > begin && unit != known) {
-            about_queries(x, b, h, room);
+          int64_t k = begin;
+          for (Keys keys = block_of(i, k); keys.count > 0; keys = block_of(i, k)) {
+            const int64_t first = k;
+            k += keys.count;
+            Keys next = block_of(i, k);
+            if (next.count == 0 && i + 1 < last_unit) next = block_of(i + 1, (i + 1) % runs.count * runs.keys);
+            one_key_block(x, to, keys, next, first == begin, unit == known, room);
             known = unit;
           }
-          for (int64_t k = begin; k < reached; k += kKeyBlock) {
-            const int64_t count = std::min(kKeyBlock, reached - k), tiled = padded(count, kTileRows);
-            x.k.copy(b, h, k, count, tiled, 1, room.keys, room.row);
-            x.v.copy(b, h, k, count, tiled, 1, room.values, room.row);
-            one_key_block(x, b, h, count, k == begin, room, grad_q != nullptr, grad_k != nullptr, grad_v != nullptr);
-            const auto one = [](int64_t) { return A(1); };
-            if (grad_k) write_head(grad_k, x.k, b, h, k, count, room.grad_k, room.row, one);
-            if (grad_v) write_head(grad_v, x.v, b, h, k, count, room.grad_v, room.row, one);
-          }
-          if (!grad_q) continue;
-          if (reached == begin) std::fill(room.grad_q, room.grad_q + room.rows * room.row, A(0));
+          if (to.k) clear_rows(*to.k, x.k.width, b, h, k, end);
+          if (to.v) clear_rows(*to.v, x.v.width, b, h, k, end);
+          if (!to.q) continue;
+          if (k == begin) std::fill(room.grad_q, room.grad_q + room.rows * room.row, A(0));
           if (shared) {
             for (int64_t r = 0; r < x.q.rows; ++r) memcpy(share + i * size + r * x.q.width, room.grad_q + r * room.row, x.q.width * sizeof(A));
           } else {
-            write_head(grad_q, x.q, b, h, 0, x.q.rows, room.grad_q, room.row, [&](int64_t) { return x.scale; });
+            write_head(*to.q, x.q.width, b, h, 0, x.q.rows, room.grad_q, room.row, [&](int64_t) { return x.scale; });
           }
         }
       });
@@ -196,7 +230,7 @@ void backward(const Operands<T>& x, const Tensor& q_, T* grad_q, T* grad_k, T* g
 #pragma omp simd
         for (int64_t d = 0; d < x.q.width; ++d) sum[d] += sum[run * size + d];
       }
-      write_head(grad_q, x.q, b, h, r, 1, sum, x.q.width, [&](int64_t) { return x.scale; });
+      write_head(*to.q, x.q.width, b, h, r, 1, sum, x.q.width, [&](int64_t) { return x.scale; });
     }
   });
 }
@@ -216,11 +250,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   dispatch(q.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    const auto wanted = [](bool need, const Tensor& x) { return need ? write<T>(x) : nullptr; };
+    const auto result = [](bool need, const Tensor& to) { return need ? std::optional(ResultOf<T>(to)) : std::nullopt; };
     const Operands<T> x{
-        Heads<T>(upstream), Heads<T>(q), Heads<T>(k), Heads<T>(v), Heads<T>(output), {read<A>(log_sums), q.size(2), q.size(1)},
+        TokensOf<T>(upstream), TokensOf<T>(q), TokensOf<T>(k), TokensOf<T>(v), TokensOf<T>(output), {read<A>(log_sums), q.size(2), q.size(1)},
         upstream_lse ? read<A>(*upstream_lse) : nullptr, static_cast<A>(scale)};
-    backward<T>(x, q, wanted(needs[0], grad_q), wanted(needs[1], grad_k), wanted(needs[2], grad_v), lengths);
+    backward<T>(x, q, {result(needs[0], grad_q), result(needs[1], grad_k), result(needs[2], grad_v)}, lengths);
   });
   return {grad_q, grad_k, grad_v};
 }

@@ -11,7 +11,7 @@ namespace {
 
 template <class T>
 struct Tangents {
-  std::optional<Heads<T>> q, k, v;
+  std::optional<TokensOf<T>> q, k, v;
   bool of_logits() const { return q || k; }
 };
 
@@ -71,36 +71,36 @@ void weigh(const DualRoom<A>& room, int64_t count, bool first) {
 
 // The sums of a block of queries over all keys.
 template <class T>
-void attend(const Tangents<T>& tangents, const DualRoom<Acc<T>>& room, int64_t queries, int64_t keys, int64_t width) {
+void attend(const Tangents<T>& tangents, const DualRoom<Acc<T>>& room, int64_t queries, int64_t keys, int64_t width, Ahead& ahead) {
   using A = Acc<T>;
   const int64_t tiled = padded(queries, kTileRows), w = room.row, n = room.columns.row;
   for (int64_t k = 0; k < keys; k += kForwardKeys) {
     const int64_t count = std::min(kForwardKeys, keys - k), tiled_keys = padded(count, kTileRows);
     const bool more = k > 0;
-    multiply<A>({room.keys + k * w, w, 1}, room.turned, n, room.columns.logits, n, tiled_keys, width, room.block, false);
+    multiply<A>({room.keys + k * w, w, 1}, room.turned, n, room.columns.logits, n, tiled_keys, width, room.block, false, ahead);
     exponentials(room.columns, count, !more);
     if (more) {
       scale_rows(room.result, tiled, room.width, w, room.columns.factor);
       scale_rows(room.t_result, tiled, room.width, w, room.columns.factor);
     }
-    multiply<A>({room.columns.logits, 1, n}, room.values + k * w, w, room.result, w, tiled, count, room.width, more);
-    if (tangents.v) multiply<A>({room.columns.logits, 1, n}, room.t_values + k * w, w, room.t_result, w, tiled, count, room.width, more);
+    multiply<A>({room.columns.logits, 1, n}, room.values + k * w, w, room.result, w, tiled, count, room.width, more, ahead);
+    if (tangents.v) multiply<A>({room.columns.logits, 1, n}, room.t_values + k * w, w, room.t_result, w, tiled, count, room.width, more, ahead);
     if (!tangents.of_logits()) continue;
-    if (tangents.q) multiply<A>({room.keys + k * w, w, 1}, room.t_turned, n, room.t_logits, n, tiled_keys, width, room.block, false);
-    if (tangents.k) multiply<A>({room.t_keys + k * w, w, 1}, room.turned, n, room.t_logits, n, tiled_keys, width, room.block, bool(tangents.q));
+    if (tangents.q) multiply<A>({room.keys + k * w, w, 1}, room.t_turned, n, room.t_logits, n, tiled_keys, width, room.block, false, ahead);
+    if (tangents.k) multiply<A>({room.t_keys + k * w, w, 1}, room.turned, n, room.t_logits, n, tiled_keys, width, room.block, bool(tangents.q), ahead);
     weigh(room, count, !more);
-    multiply<A>({room.t_logits, 1, n}, room.values + k * w, w, room.t_result, w, tiled, count, room.width, more || tangents.v);
+    multiply<A>({room.t_logits, 1, n}, room.values + k * w, w, room.t_result, w, tiled, count, room.width, more || tangents.v, ahead);
   }
 }
 
 template <class T>
 struct DualOutputs {
-  T *out, *t_out;
+  ResultOf<T> out, t_out;
   PerQuery<Acc<T>> lse, t_lse;
 };
 
 template <class T>
-void write_block(const DualOutputs<T>& to, const Heads<T>& q, int64_t b, int64_t h, int64_t begin, int64_t rows, const DualRoom<Acc<T>>& room) {
+void write_block(const DualOutputs<T>& to, const TokensOf<T>& q, int64_t b, int64_t h, int64_t begin, int64_t rows, const DualRoom<Acc<T>>& room) {
   using A = Acc<T>;
   for (int64_t r = 0; r < rows; ++r) {
     const A inverse = A(1) / room.columns.sum[r], mean = room.t_sum[r] * inverse;
@@ -114,36 +114,36 @@ void write_block(const DualOutputs<T>& to, const Heads<T>& q, int64_t b, int64_t
     to.t_lse.head(b, h)[begin + r] = mean;
   }
   const auto one = [](int64_t) { return A(1); };
-  write_head(to.out, q, b, h, begin, rows, room.result, room.row, one);
-  write_head(to.t_out, q, b, h, begin, rows, room.t_result, room.row, one);
+  write_head(to.out, q.width, b, h, begin, rows, room.result, room.row, one);
+  write_head(to.t_out, q.width, b, h, begin, rows, room.t_result, room.row, one);
 }
 
 template <class T>
 void dual(
-    const Tensor& q_, const Heads<T>& k, const Heads<T>& v, const Tangents<T>& tangents, const DualOutputs<T>& to, Acc<T> scale,
+    const Tensor& q_, const TokensOf<T>& k, const TokensOf<T>& v, const Tangents<T>& tangents, const DualOutputs<T>& to, Acc<T> scale,
     const KeyLengths& lengths) {
   using A = Acc<T>;
-  const Heads<T> q(q_);
-  const int64_t blocks = (q.rows + kQueryBlock - 1) / kQueryBlock;
+  const TokensOf<T> q(q_);
+  const Blocks blocks(q);
   const int64_t work = kQueryBlock * std::max<int64_t>(k.rows, 1) * q.width;
-  torch::stable::parallel_for(0, q.batch * q.heads * blocks, std::max<int64_t>(1, (1 << 19) / work), [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, q.batch * q.heads * blocks.count, std::max<int64_t>(1, (1 << 19) / work), [&](int64_t first, int64_t last) {
     const DualRoom<A> room(q_, k.rows);
-    int64_t packed = -1;
+    int64_t known = -1;
     for (int64_t i = first; i < last; ++i) {
-      const int64_t unit = i / blocks, b = unit / q.heads, h = unit % q.heads, count = lengths[b];
-      const int64_t begin = i % blocks * kQueryBlock, rows = std::min(kQueryBlock, q.rows - begin);
-      if (unit != packed) {
-        k.copy(b, h, 0, count, padded(count, kTileRows), 1, room.keys, room.row);
-        v.copy(b, h, 0, count, count, 1, room.values, room.row);
-        if (tangents.k) tangents.k->copy(b, h, 0, count, padded(count, kTileRows), 1, room.t_keys, room.row);
-        if (tangents.v) tangents.v->copy(b, h, 0, count, count, 1, room.t_values, room.row);
-        packed = unit;
+      const auto [unit, b, h, index, begin, rows] = blocks[i];
+      const int64_t count = lengths[b];
+      if (unit != known) {
+        copy_rows(k, b, h, 0, count, padded(count, kTileRows), room.keys, room.row);
+        copy_rows(v, b, h, 0, count, count, room.values, room.row);
+        if (tangents.k) copy_rows(*tangents.k, b, h, 0, count, padded(count, kTileRows), room.t_keys, room.row);
+        if (tangents.v) copy_rows(*tangents.v, b, h, 0, count, count, room.t_values, room.row);
+        known = unit;
       }
-      q.copy(b, h, begin, rows, room.block, scale, room.queries, room.row);
-      transpose(room.queries, room.block, room.width, room.row, room.turned, room.columns.row);
+      copy_rows(q, b, h, begin, rows, room.block, room.queries, room.row);
+      transpose(room.queries, room.block, room.width, room.row, scale, room.turned, room.columns.row);
       if (tangents.q) {
-        tangents.q->copy(b, h, begin, rows, room.block, scale, room.queries, room.row);
-        transpose(room.queries, room.block, room.width, room.row, room.t_turned, room.columns.row);
+        copy_rows(*tangents.q, b, h, begin, rows, room.block, room.queries, room.row);
+        transpose(room.queries, room.block, room.width, room.row, scale, room.t_turned, room.columns.row);
       }
       if (count == 0) {
         std::fill(room.result, room.result + rows * room.row, A(0));
@@ -151,7 +151,9 @@ void dual(
       }
       if (count == 0 || !(tangents.v || tangents.of_logits())) std::fill(room.t_result, room.t_result + room.block * room.row, A(0));
       if (count == 0 || !tangents.of_logits()) std::fill(room.t_sum, room.t_sum + rows, A(0));
-      attend(tangents, room, rows, count, q.width);
+      Ahead ahead;
+      look_ahead(ahead, q, k, v, blocks, i, last);
+      attend(tangents, room, rows, count, q.width, ahead);
       write_block(to, q, b, h, begin, rows, room);
     }
   });
@@ -165,9 +167,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_dual(
   dispatch(q.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    const auto heads = [](const OptionalTensor& x) { return x ? std::optional<Heads<T>>(Heads<T>(*x)) : std::nullopt; };
-    const DualOutputs<T> to{write<T>(out), write<T>(t_out), {write<A>(lse), q.size(2), q.size(1)}, {write<A>(t_lse), q.size(2), q.size(1)}};
-    dual<T>(q, Heads<T>(k), Heads<T>(v), {heads(t_q), heads(t_k), heads(t_v)}, to, static_cast<A>(scale), lengths);
+    const auto heads = [](const OptionalTensor& x) { return x ? std::optional<TokensOf<T>>(TokensOf<T>(*x)) : std::nullopt; };
+    const DualOutputs<T> to{ResultOf<T>(out), ResultOf<T>(t_out), {write<A>(lse), q.size(2), q.size(1)}, {write<A>(t_lse), q.size(2), q.size(1)}};
+    dual<T>(q, TokensOf<T>(k), TokensOf<T>(v), {heads(t_q), heads(t_k), heads(t_v)}, to, static_cast<A>(scale), lengths);
   });
   return {out, lse, t_out, t_lse};
 }

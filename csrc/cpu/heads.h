@@ -36,29 +36,6 @@ struct TokensOf {
   const T* at(int64_t b, int64_t n, int64_t head) const { return data + b * batch_stride + n * row_stride + head * head_stride; }
 };
 
-// Element j of the two results is that of a for which j has no bit kStep, and that of b for which it has; the others change places.
-template <class A, int64_t kStep, int64_t... kIndex>
-FD_INLINE void exchange(Lanes<A>& a, Lanes<A>& b, std::integer_sequence<int64_t, kIndex...>) {
-  constexpr int64_t width = kLanes<A>;
-#if defined(__clang__)
-  const Lanes<A> low = __builtin_shufflevector(a, b, (kIndex & kStep ? width + kIndex - kStep : kIndex)...);
-  b = __builtin_shufflevector(a, b, (kIndex & kStep ? width + kIndex : kIndex + kStep)...);
-#else
-  typedef typename Vector<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>, width>::type Index;
-  const Lanes<A> low = __builtin_shuffle(a, b, Index{(kIndex & kStep ? width + kIndex - kStep : kIndex)...});
-  b = __builtin_shuffle(a, b, Index{(kIndex & kStep ? width + kIndex : kIndex + kStep)...});
-#endif
-  a = low;
-}
-
-template <class A, int64_t kStep = kLanes<A> / 2>
-FD_INLINE void transpose(Lanes<A> (&rows)[kLanes<A>]) {
-  for (int64_t i = 0; i < kLanes<A>; ++i) {
-    if (!(i & kStep)) exchange<A, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int64_t, kLanes<A>>());
-  }
-  if constexpr (kStep > 1) transpose<A, kStep / 2>(rows);
-}
-
 // A piece's heads as contiguous numbers, which stay where they are if they are such.
 template <class T>
 class Heads {

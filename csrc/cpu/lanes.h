@@ -52,6 +52,29 @@ FD_INLINE A sum_of_lanes(const typename Vector<A, kCount>::type& v) {
   }
 }
 
+// Element j of the two results is that of a for which j has no bit kStep, and that of b for which it has; the others change places.
+template <class A, int64_t kStep, int64_t... kIndex>
+FD_INLINE void exchange(Lanes<A>& a, Lanes<A>& b, std::integer_sequence<int64_t, kIndex...>) {
+  constexpr int64_t width = kLanes<A>;
+#if defined(__clang__)
+  const Lanes<A> low = __builtin_shufflevector(a, b, (kIndex & kStep ? width + kIndex - kStep : kIndex)...);
+  b = __builtin_shufflevector(a, b, (kIndex & kStep ? width + kIndex : kIndex + kStep)...);
+#else
+  typedef typename Vector<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>, width>::type Index;
+  const Lanes<A> low = __builtin_shuffle(a, b, Index{(kIndex & kStep ? width + kIndex - kStep : kIndex)...});
+  b = __builtin_shuffle(a, b, Index{(kIndex & kStep ? width + kIndex : kIndex + kStep)...});
+#endif
+  a = low;
+}
+
+template <class A, int64_t kStep = kLanes<A> / 2>
+FD_INLINE void transpose(Lanes<A> (&rows)[kLanes<A>]) {
+  for (int64_t i = 0; i < kLanes<A>; ++i) {
+    if (!(i & kStep)) exchange<A, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int64_t, kLanes<A>>());
+  }
+  if constexpr (kStep > 1) transpose<A, kStep / 2>(rows);
+}
+
 // e^x for x at most 0, as exp of fastdiff/math.h but for results below the normal range, which are zero.
 FD_INLINE void exp_of_nonpositive(const Lanes<float>& x, Lanes<float>& y) {
   typedef typename Vector<int32_t, kLanes<float>>::type Integers;

@@ -58,17 +58,19 @@ FD_INLINE void multiply_tile(Factor<A> a, const A* b, int64_t b_row, A* out, int
   }
 }
 
-template <int C, class A>
-void multiply_columns(Factor<A> a, const A* b, int64_t b_row, A* out, int64_t out_row, int64_t rows, int64_t depth, bool accumulate) {
+template <int C, class A, class F>
+void multiply_columns(Factor<A> a, const A* b, int64_t b_row, A* out, int64_t out_row, int64_t rows, int64_t depth, bool accumulate, F& each_tile) {
   for (int64_t i = 0; i < rows; i += kTileRows) {
+    each_tile();
     multiply_tile<kTileRows, C>({a.data + i * a.row, a.row, a.column}, b, b_row, out + i * out_row, out_row, depth, accumulate);
   }
 }
 
-// out = a b, or out += a b: [rows, depth] times [depth, columns]; every sum in the order of depth.
-template <class A>
+// out = a b, or out += a b: [rows, depth] times [depth, columns]; every sum in the order of depth. each_tile() is called for every tile.
+template <class A, class F>
 void multiply(
-    Factor<A> a, const A* b, int64_t b_row, A* out, int64_t out_row, int64_t rows, int64_t depth, int64_t columns, bool accumulate) {
+    Factor<A> a, const A* b, int64_t b_row, A* out, int64_t out_row, int64_t rows, int64_t depth, int64_t columns, bool accumulate,
+    F& each_tile) {
   constexpr int64_t width = kLanes<A>;
   int64_t registers = columns / width, pieces = (registers + kTileRegisters - 1) / kTileRegisters;
   for (int64_t j = 0; pieces > 0; --pieces) {
@@ -76,52 +78,32 @@ void multiply(
     const A* right = b + j * width;
     A* to = out + j * width;
     if (taken == 3) {
-      if constexpr (kTileRegisters >= 3) multiply_columns<3>(a, right, b_row, to, out_row, rows, depth, accumulate);
+      if constexpr (kTileRegisters >= 3) multiply_columns<3>(a, right, b_row, to, out_row, rows, depth, accumulate, each_tile);
     } else if (taken == 2) {
-      multiply_columns<2>(a, right, b_row, to, out_row, rows, depth, accumulate);
+      multiply_columns<2>(a, right, b_row, to, out_row, rows, depth, accumulate, each_tile);
     } else {
-      multiply_columns<1>(a, right, b_row, to, out_row, rows, depth, accumulate);
+      multiply_columns<1>(a, right, b_row, to, out_row, rows, depth, accumulate, each_tile);
     }
     j += taken;
     registers -= taken;
   }
 }
 
-// The lanes of a and b in turn, of their first halves or of their second.
-template <bool kSecond, class A, size_t... kLane>
-FD_INLINE void interleave(const Lanes<A>& a, const Lanes<A>& b, Lanes<A>& result, std::index_sequence<kLane...>) {
-  constexpr int64_t first = kSecond ? sizeof...(kLane) / 2 : 0;
-#if defined(__clang__)
-  result = __builtin_shufflevector(a, b, (first + kLane / 2 + kLane % 2 * sizeof...(kLane))...);
-#else
-  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Index;
-  result = __builtin_shuffle(a, b, typename Vector<Index, sizeof...(kLane)>::type{Index(first + kLane / 2 + kLane % 2 * sizeof...(kLane))...});
-#endif
-}
-
-// The transpose of from [rows, from_row] as [columns, to_row]; rows and columns are multiples of the lanes.
+// The transpose of from [rows, from_row], times factor, as [columns, to_row]; rows and columns are multiples of the lanes.
 template <class A>
-void transpose(const A* from, int64_t rows, int64_t columns, int64_t from_row, A* to, int64_t to_row) {
-  constexpr int width = kLanes<A>;
-  constexpr auto lanes = std::make_index_sequence<width>();
+void transpose(const A* from, int64_t rows, int64_t columns, int64_t from_row, A factor, A* to, int64_t to_row) {
+  constexpr int64_t width = kLanes<A>;
   for (int64_t c = 0; c < columns; c += width) {
     for (int64_t r = 0; r < rows; r += width) {
-      Lanes<A> tile[width], next[width];
+      Lanes<A> tile[width];
 #pragma GCC unroll 16
-      for (int i = 0; i < width; ++i) load_lanes(from + (r + i) * from_row + c, tile[i]);
-      // Shuffled as often as the lanes can be halved, every element has gone from (i, j) to (j, i).
-#pragma GCC unroll 4
-      for (int step = 1; step < width; step *= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < width / 2; ++i) {
-          interleave<false, A>(tile[i], tile[i + width / 2], next[2 * i], lanes);
-          interleave<true, A>(tile[i], tile[i + width / 2], next[2 * i + 1], lanes);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < width; ++i) tile[i] = next[i];
+      for (int64_t i = 0; i < width; ++i) {
+        load_lanes(from + (r + i) * from_row + c, tile[i]);
+        tile[i] *= factor;
       }
+      transpose<A>(tile);
 #pragma GCC unroll 16
-      for (int i = 0; i < width; ++i) store_lanes<A>(tile[i], to + (c + i) * to_row + r);
+      for (int64_t i = 0; i < width; ++i) store_lanes<A>(tile[i], to + (c + i) * to_row + r);
     }
   }
 }
