@@ -154,6 +154,8 @@ def autograd_kernel(op: Op) -> Callable:
         # A graph recorded of the dual op would hold its primal inputs without their tangents, which forward over reverse needs.
         if dual and op.dual and not recording:
             return _dual(op, op.dual, wanted, args)
+        if dual and op.composed:
+            return op.composed(*args)
         if dual or any(isinstance(args[i], Tensor) and args[i].requires_grad for i in traced):
             return op.reference(*args)
         if not any(isinstance(args[i], Tensor) and args[i].requires_grad for i in wanted):

@@ -49,6 +49,8 @@ class Op:
     dual: str | None = None
     """The op that computes outputs and tangents together in forward mode: f's arguments, then a tangent or None for each differentiable
     one -> f's outputs, then a tangent for each. Otherwise forward mode runs the definition."""
+    composed: Callable | None = None
+    """The same by another op, which forward mode runs instead of the definition."""
     keeps_channels_last: bool = False
     """Whether outputs and gradients have the layout of their argument; otherwise they are contiguous."""
     flops: Callable[..., int] | None = None
@@ -158,6 +160,11 @@ def _attention_dual_refuses(name: str, q: Tensor, *args: Any) -> str | None:
     return _attention_refuses(name, q, *args)
 
 
+def _packed_attention(call: Callable) -> Callable:
+    """call, of q, k and v, as a function of the projection that they are the parts of."""
+    return lambda qkv, *args: call(*qkv.unbind(2), *args)
+
+
 def _attention_flops(q: Tensor, k: Tensor, *_: Any) -> int:
     batch, rows, heads, width = q.shape
     return 4 * batch * heads * rows * k.shape[1] * width
@@ -241,6 +248,14 @@ _TABLE = (
         _R.attention.attention, _attended, ("cpu", "triton", "sdpa"),
         differentiable=("q", "k", "v"), saved=(0, 1), optional_grads=True, dual="attention_dual",
         flops=_attention_flops, size=lambda q, *_: (q.shape[1], q.shape[3]), refuses=_attention_refuses,
+    ),
+    Op(
+        "attention_packed", "attention", "(Tensor qkv, float scale, Tensor? key_lengths) -> (Tensor, Tensor)",
+        _R.attention.attention_packed, _packed_attention(_attended), ("cpu", "triton", "sdpa"),
+        differentiable=("qkv",), saved=(0, 1), optional_grads=True,
+        composed=_packed_attention(lambda *args: torch.ops.fastdiff.attention.default(*args)),
+        flops=_packed_attention(_attention_flops), size=lambda qkv, *_: (qkv.shape[1], qkv.shape[4]),
+        refuses=lambda name, qkv, *args: _attention_refuses(name, *qkv.unbind(2), *args),
     ),
     Op(
         "attention_dual", "attention",

@@ -72,6 +72,19 @@ def attention_backward(
     return tuple(g.transpose(1, 2).contiguous() if need else q.new_empty(0) for g, need in zip(found, needs, strict=True))
 
 
+def attention_packed(qkv: Tensor, scale: float, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, k, v = qkv.unbind(2)
+    return attention(q, k, v, scale, key_lengths)
+
+
+def attention_packed_backward(
+    grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, scale: float, key_lengths: Tensor | None, output: Tensor, lse: Tensor,
+    needs: Sequence[bool],
+) -> Tensor:  # fmt: skip
+    q, k, v = qkv.unbind(2)
+    return torch.stack(attention_backward(grad, grad_lse, q, k, v, scale, key_lengths, output, lse, [True] * 3), 2)
+
+
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
     """FlashAttention adds up gradients in any order unless PyTorch as a whole is told to be deterministic."""

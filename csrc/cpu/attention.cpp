@@ -93,6 +93,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> attention_packed(const Tensor& qkv, double scale, OptionalTensor key_lengths) {
+  return attention(part_of(qkv, 0), part_of(qkv, 1), part_of(qkv, 2), scale, key_lengths);
+}
+
 }  // namespace
 }  // namespace fastdiff::FASTDIFF_VARIANT
 
@@ -101,4 +105,5 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 FASTDIFF_CPU_KERNELS(m) {
   using namespace fastdiff::FASTDIFF_VARIANT;
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_packed", TORCH_BOX(&attention_packed));
 }

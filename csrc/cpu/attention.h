@@ -128,6 +128,9 @@ class KeyLengths {
   int64_t stride_ = 0, keys_;
 };
 
+// Queries, keys or values of one projection [B, N, 3, H, D].
+inline Tensor part_of(const Tensor& packed, int64_t index) { return torch::stable::select(packed, 2, index); }
+
 // Numbers [B, H, N], one for each query.
 template <class A>
 struct PerQuery {

@@ -240,23 +240,43 @@ Tensor zeros_like(const Tensor& x) {
   return torch::stable::zero_(zeros);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(
-    OptionalTensor grad, OptionalTensor grad_lse, const Tensor& q, const Tensor& k, const Tensor& v, double scale, OptionalTensor key_lengths,
-    const Tensor& output, const Tensor& lse, std::vector<bool> needs) {
-  Tensor grad_q = needs[0] ? empty_as(q) : absent(q), grad_k = needs[1] ? empty_as(k) : absent(k), grad_v = needs[2] ? empty_as(v) : absent(v);
+// Into those of grad_q, grad_k and grad_v that are there.
+void write_gradients(
+    const OptionalTensor& grad, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+    const OptionalTensor& key_lengths, const Tensor& output, const Tensor& lse, const OptionalTensor& grad_q, const OptionalTensor& grad_k,
+    const OptionalTensor& grad_v) {
   const KeyLengths lengths(key_lengths, k.size(1));
-  const Tensor upstream = grad ? *grad : zeros_like(q), log_sums = dense(lse);
+  const Tensor upstream = grad ? *grad : zeros_like(output), log_sums = dense(lse);
   const OptionalTensor upstream_lse = grad_lse ? OptionalTensor(dense(*grad_lse)) : std::nullopt;
   dispatch(q.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    const auto result = [](bool need, const Tensor& to) { return need ? std::optional(ResultOf<T>(to)) : std::nullopt; };
+    const auto result = [](const OptionalTensor& to) { return to ? std::optional(ResultOf<T>(*to)) : std::nullopt; };
     const Operands<T> x{
         TokensOf<T>(upstream), TokensOf<T>(q), TokensOf<T>(k), TokensOf<T>(v), TokensOf<T>(output), {read<A>(log_sums), q.size(2), q.size(1)},
         upstream_lse ? read<A>(*upstream_lse) : nullptr, static_cast<A>(scale)};
-    backward<T>(x, q, {result(needs[0], grad_q), result(needs[1], grad_k), result(needs[2], grad_v)}, lengths);
+    backward<T>(x, q, {result(grad_q), result(grad_k), result(grad_v)}, lengths);
   });
-  return {grad_q, grad_k, grad_v};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    OptionalTensor grad, OptionalTensor grad_lse, const Tensor& q, const Tensor& k, const Tensor& v, double scale, OptionalTensor key_lengths,
+    const Tensor& output, const Tensor& lse, std::vector<bool> needs) {
+  const auto wanted = [&](int i, const Tensor& x) { return needs[i] ? OptionalTensor(empty_as(x)) : std::nullopt; };
+  const OptionalTensor grad_q = wanted(0, q), grad_k = wanted(1, k), grad_v = wanted(2, v);
+  write_gradients(grad, grad_lse, q, k, v, scale, key_lengths, output, lse, grad_q, grad_k, grad_v);
+  const auto given = [&](const OptionalTensor& x) { return x ? *x : absent(q); };
+  return {given(grad_q), given(grad_k), given(grad_v)};
+}
+
+Tensor attention_packed_backward(
+    OptionalTensor grad, OptionalTensor grad_lse, const Tensor& qkv, double scale, OptionalTensor key_lengths, const Tensor& output,
+    const Tensor& lse, std::vector<bool>) {
+  const Tensor result = empty_as(qkv);
+  write_gradients(
+      grad, grad_lse, part_of(qkv, 0), part_of(qkv, 1), part_of(qkv, 2), scale, key_lengths, output, lse, part_of(result, 0),
+      part_of(result, 1), part_of(result, 2));
+  return result;
 }
 
 }  // namespace
@@ -267,4 +287,5 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
 FASTDIFF_CPU_KERNELS(m) {
   using namespace fastdiff::FASTDIFF_VARIANT;
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_packed_backward", TORCH_BOX(&attention_packed_backward));
 }

@@ -68,6 +68,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, k
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
 
 
+def _attention_packed(qkv: Tensor, *, scale: float | None = None, key_lengths: Tensor | None = None) -> Tensor:
+    q, k, v = qkv.unbind(2)
+    return _attention(q, k, v, scale=scale, key_lengths=key_lengths)
+
+
 def _public(op: Op) -> Callable[..., Any]:
     """op's definition without the outputs that are there for its backward alone."""
 
@@ -79,4 +84,7 @@ def _public(op: Op) -> Callable[..., Any]:
     return definition if op.auxiliary else op.reference
 
 
-_DEFINITIONS: dict[str, Callable[..., Any]] = {name: _public(op) for name, op in OPS.items()} | {"attention": _attention}
+_DEFINITIONS: dict[str, Callable[..., Any]] = {name: _public(op) for name, op in OPS.items()} | {
+    "attention": _attention,
+    "attention_packed": _attention_packed,
+}

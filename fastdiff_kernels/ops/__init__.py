@@ -1,6 +1,6 @@
 """The public functions, one module a family."""
 
-from .attention import attention, attention_dual
+from .attention import attention, attention_dual, attention_packed
 from .distillation import moment_matching_auxiliary_loss, moment_matching_loss, sim_loss
 from .group_norm import group_norm_silu
 from .modulate import gate_residual, gate_residual_norm_modulate, layer_norm_modulate, rms_norm_modulate
@@ -14,6 +14,7 @@ __all__ = [
     "SolverStep",
     "attention",
     "attention_dual",
+    "attention_packed",
     "denoising_loss",
     "gate_residual",
     "gate_residual_norm_modulate",

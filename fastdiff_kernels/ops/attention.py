@@ -11,6 +11,7 @@ from .. import _dispatch  # noqa: F401  (registers the ops)
 from ._checks import check_device, check_like, check_tensor
 
 _attention = torch.ops.fastdiff.attention.default
+_attention_packed = torch.ops.fastdiff.attention_packed.default
 _attention_dual = torch.ops.fastdiff.attention_dual.default
 
 MAX_HEAD_DIM = 256
@@ -41,6 +42,31 @@ def attention(
     op = "attention"
     _check(op, q, k, v, key_lengths)
     output, lse = _attention(q, k, v, _check_scale(op, scale, q.shape[3]), key_lengths)
+    return (output, lse) if return_lse else output
+
+
+def attention_packed(
+    qkv: Tensor, *, scale: float | None = None, key_lengths: Tensor | None = None, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of the queries, keys and values of one projection, whose gradient is written as one tensor, with nothing to stack.
+
+    Args:
+        qkv: [B, N, 3, H, D], float32, bfloat16, float16 or float64, any strides; D from 1 to 256, any value.
+        scale, key_lengths, return_lse: as for `attention`.
+
+    Returns:
+        As `attention(*qkv.unbind(2), ...)`, to the last bit.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    op = "attention_packed"
+    check_tensor(op, "qkv", qkv, dims=5)
+    if qkv.shape[2] != 3 or not 1 <= qkv.shape[4] <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: qkv must have shape (B, N, 3, H, D) with D from 1 to {MAX_HEAD_DIM}; got {tuple(qkv.shape)}")
+    if key_lengths is not None:
+        _check_lengths(op, key_lengths, "qkv", qkv)
+    output, lse = _attention_packed(qkv, _check_scale(op, scale, qkv.shape[4]), key_lengths)
     return (output, lse) if return_lse else output
 
 
@@ -86,7 +112,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None)
     if k.shape[1] != v.shape[1]:
         raise ValueError(f"{op}: v must have as many rows as k, {k.shape[1]}; got shape {tuple(v.shape)}")
     if key_lengths is not None:
-        _check_lengths(op, key_lengths, q)
+        _check_lengths(op, key_lengths, "q", q)
 
 
 def _check_keys(op: str, name: str, x: Tensor, q: Tensor) -> None:
@@ -100,14 +126,14 @@ def _check_keys(op: str, name: str, x: Tensor, q: Tensor) -> None:
     check_device(op, name, x, "q", q)
 
 
-def _check_lengths(op: str, key_lengths: Tensor, q: Tensor) -> None:
+def _check_lengths(op: str, key_lengths: Tensor, like_name: str, like: Tensor) -> None:
     if not isinstance(key_lengths, Tensor):
         raise TypeError(f"{op}: key_lengths must be a tensor; got {type(key_lengths).__name__}")
     if key_lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: key_lengths must be int32 or int64; got {key_lengths.dtype}")
-    if key_lengths.shape != q.shape[:1]:
-        raise ValueError(f"{op}: key_lengths must have shape ({q.shape[0]},); got {tuple(key_lengths.shape)}")
-    check_device(op, "key_lengths", key_lengths, "q", q)
+    if key_lengths.shape != like.shape[:1]:
+        raise ValueError(f"{op}: key_lengths must have shape ({like.shape[0]},); got {tuple(key_lengths.shape)}")
+    check_device(op, "key_lengths", key_lengths, like_name, like)
 
 
 def _check_scale(op: str, scale: float | None, width: int) -> float:

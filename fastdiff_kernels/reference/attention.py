@@ -17,6 +17,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, key_l
     return _attend(_probabilities(logits, key_lengths), values).to(q.dtype), _log_sum_exp(logits, key_lengths)
 
 
+def attention_packed(qkv: Tensor, scale: float | None = None, key_lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same of one projection qkv [B, N, 3, H, D]."""
+    q, k, v = qkv.unbind(2)
+    return attention(q, k, v, scale, key_lengths)
+
+
 def attention_dual(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, key_lengths: Tensor | None = None,
     t_q: Tensor | None = None, t_k: Tensor | None = None, t_v: Tensor | None = None,

@@ -56,6 +56,11 @@ def _programs(x: Tensor, rows: int) -> int:
     return x.shape[0] * x.shape[2] * triton.cdiv(x.shape[1], rows)
 
 
+def _padded_width(x: Tensor) -> int:
+    """Of what `aligned` makes of x."""
+    return triton.cdiv(x.shape[3], unit(x)) * unit(x)
+
+
 def _result(x: Tensor | None, like: Tensor) -> Tensor:
     """x without the columns that `like` has been padded by."""
     return absent(like) if x is None else x[..., : like.shape[3]].contiguous()
@@ -77,10 +82,36 @@ def attention_backward(
     grad: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None,
     output: Tensor, lse: Tensor, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    given = q
+    width = _padded_width(q)
+    results = [x.new_empty((*x.shape[:3], width)) if need else None for x, need in zip((q, k, v), needs, strict=True)]
+    _write_gradients(grad, grad_lse, q, k, v, scale, key_lengths, output, lse, results)
+    grad_q, grad_k, grad_v = (_result(g, q) for g in results)
+    return grad_q, grad_k, grad_v
+
+
+def attention_packed(qkv: Tensor, scale: float, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, k, v = qkv.unbind(2)
+    return attention(q, k, v, scale, key_lengths)
+
+
+def attention_packed_backward(
+    grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, scale: float, key_lengths: Tensor | None, output: Tensor, lse: Tensor,
+    needs: Sequence[bool],
+) -> Tensor:  # fmt: skip
+    q, k, v = qkv.unbind(2)
+    result = qkv.new_empty((*qkv.shape[:4], _padded_width(q)))
+    _write_gradients(grad, grad_lse, q, k, v, scale, key_lengths, output, lse, result.unbind(2))
+    return result[..., : qkv.shape[4]].contiguous()
+
+
+def _write_gradients(
+    grad: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None,
+    output: Tensor, lse: Tensor, results: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """Into `results`, of the padded width: the gradients of q, k and v, or None where nobody wants them."""
+    grad_q, grad_k, grad_v = results
     q, k, v, output = map(aligned, (q, k, v, output))
     grad = torch.zeros_like(output) if grad is None else aligned(grad)
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) if need else None for x, need in zip((q, k, v), needs, strict=True))
     lse, delta = lse.contiguous(), _per_query(q)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     s, numbers = sizes("queries", q, _gpu(q)), (scale, q.shape[1], k.shape[1], q.shape[2])
@@ -98,7 +129,6 @@ def attention_backward(
             key_kernel, _programs(k, s.keys), grad, q, k, v, key_lengths, lse, delta, to_k, to_v,
             *map(strides, (grad, q, k, v, like)), *numbers, **_constants(q, s, q.shape[1] % s.queries == 0),
         )  # fmt: skip
-    return _result(grad_q, given), _result(grad_k, given), _result(grad_v, given)
 
 
 def attention_dual(

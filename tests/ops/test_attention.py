@@ -109,6 +109,35 @@ def test_lengths_are_clamped():
     assert_bitwise(ops.attention(*args, key_lengths=torch.stack([as_lengths(0, 8, 8)] * 2, 1)[:, 0]), clamped)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "heads", "width"), [(64, 1, 32), (37, 2, 24), (300, 1, 5)])
+def test_one_projection_is_its_parts(rows, heads, width, dtype):
+    qkv, lengths = torch.randn(2, rows, 3, heads, width).to(dtype), as_lengths(rows, rows // 2)
+    for key_lengths in (None, lengths):
+        packed = gradients(lambda x, n=key_lengths: ops.attention_packed(x, scale=0.3, key_lengths=n), [qkv])
+        parts = gradients(lambda *x, n=key_lengths: ops.attention(*x, scale=0.3, key_lengths=n), qkv.unbind(2))
+        assert_bitwise(packed, (parts[0], torch.stack(parts[1:], 2)))
+        assert packed[1].is_contiguous()
+    turned = qkv.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+    assert_bitwise(gradients(ops.attention_packed, [turned]), gradients(ops.attention_packed, [qkv]))
+
+
+def test_the_gradient_of_a_projection_writes_nothing_twice():
+    qkv = torch.randn(2, 64, 3, 1, 32, requires_grad=True)
+    output = ops.attention_packed(qkv)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(output, qkv, torch.ones_like(output))
+    names = {event.key for event in profile.key_averages()}
+    assert "fastdiff::attention_packed_backward" in names
+    assert not names & {"aten::cat", "aten::stack", "aten::copy_"}
+
+
+def test_forward_mode_of_a_projection_runs_the_op_of_both():
+    qkv, tangent = torch.randn(2, 2, 9, 3, 2, 8)
+    found = torch.func.jvp(ops.attention_packed, (qkv,), (tangent,))
+    assert_bitwise(found, ops.attention_dual(*qkv.unbind(2), *tangent.unbind(2))[::2])
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("shape", [(3, 64, 64, 2, 16), (3, 150, 90, 2, 72)])
 def test_a_samples_result_does_not_depend_on_its_batch(shape, dtype):
@@ -307,6 +336,17 @@ REFUSED = {
     ),
     "dual-q": (lambda: ops.attention_dual(Q[0], Q, Q), ValueError, "attention_dual: q must have 4 dimensions"),
     "device": (lambda: ops.attention(Q, Q, Q.to("meta")), ValueError, "v must be on the device of q, cpu; got meta"),
+    "packed-dims": (lambda: ops.attention_packed(Q), ValueError, "attention_packed: qkv must have 5 dimensions"),
+    "packed-parts": (
+        lambda: ops.attention_packed(torch.zeros(2, 3, 2, 2, 4)),
+        ValueError,
+        r"qkv must have shape \(B, N, 3, H, D\) with D from 1 to 256; got \(2, 3, 2, 2, 4\)",
+    ),
+    "packed-lengths": (
+        lambda: ops.attention_packed(torch.zeros(2, 3, 3, 2, 4), key_lengths=torch.ones(3, dtype=torch.int64)),
+        ValueError,
+        r"attention_packed: key_lengths must have shape \(2,\); got \(3,\)",
+    ),
     "scale-type": (lambda: ops.attention(Q, Q, Q, scale="1"), TypeError, "scale must be a number or None; got str"),
     "scale-nan": (lambda: ops.attention(Q, Q, Q, scale=float("nan")), ValueError, "scale must be finite; got nan"),
     "lengths-type": (lambda: ops.attention(Q, Q, Q, key_lengths=[1, 2]), TypeError, "key_lengths must be a tensor; got list"),

@@ -18,6 +18,15 @@ def _attention(dtype, device):
     ]
 
 
+def _attention_packed(dtype, device):
+    _, k, v, _, t_k, _ = _operands(dtype, device)
+    qkv = torch.stack([k, v, t_k], 2)
+    return [
+        (qkv, 0.6, None),
+        (qkv, 0.6, torch.tensor([3, 7], device=device)),
+    ]
+
+
 def _attention_dual(dtype, device):
     q, k, v, t_q, t_k, t_v = _operands(dtype, device)
     return [
@@ -27,4 +36,4 @@ def _attention_dual(dtype, device):
     ]
 
 
-SAMPLES = {"attention": _attention, "attention_dual": _attention_dual}
+SAMPLES = {"attention": _attention, "attention_packed": _attention_packed, "attention_dual": _attention_dual}

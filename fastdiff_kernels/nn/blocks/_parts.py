@@ -52,6 +52,23 @@ def split_heads(packed: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...
     return packed.unflatten(2, (parts, num_heads, packed.shape[2] // (parts * num_heads))).unbind(2)
 
 
+def attend_to_itself(
+    policy: str,
+    packed: Tensor,
+    num_heads: int,
+    norm: str | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention [B, N, heads * D] of one projection [B, N, 3 * heads * D], q and k normalised and rotated first."""
+    if norm is None and rope is None:
+        return apply(policy, "attention_packed", packed.unflatten(2, (3, num_heads, -1))).flatten(2)
+    q, k, v = split_heads(packed, 3, num_heads)  # [B, N, heads, D] each
+    q, k = normalise_and_rotate(policy, norm, q, k, q_weight, k_weight, rope)
+    return apply(policy, "attention", q, k, v).flatten(2)
+
+
 def beside(modulation: Tensor, x: Tensor) -> Tensor:
     """modulation in a dtype that the ops take beside x: autocast computes it in 16 bits where x may be wider."""
     narrow = x.dtype in (torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ from ..._checks import check_count
 from .._checks import sequence, vectors
 from .._policy import apply, check_policy
 from ..embedding import zero_init
-from ._parts import beside, check_heads, check_qk_norm, feed_forward, normalise_and_rotate, qk_weight, split_heads
+from ._parts import attend_to_itself, beside, check_heads, check_qk_norm, feed_forward, qk_weight
 
 
 class Carry(NamedTuple):
@@ -96,6 +96,6 @@ class DiTBlock(nn.Module):
         return Carry(hidden, branch, gate_m) if carry else apply(self.policy, "gate_residual", hidden, branch, gate_m)
 
     def _attend(self, h: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        q, k, v = split_heads(self.qkv(h), 3, self.num_heads)  # [B, N, heads, D] each
-        q, k = normalise_and_rotate(self.policy, self.qk_norm, q, k, self.q_weight, self.k_weight, rope)
-        return self.attention_out(apply(self.policy, "attention", q, k, v).flatten(2))
+        packed = self.qkv(h)  # [B, N, 3C]
+        attended = attend_to_itself(self.policy, packed, self.num_heads, self.qk_norm, self.q_weight, self.k_weight, rope)
+        return self.attention_out(attended)

@@ -9,7 +9,7 @@ from ..._checks import check_count
 from .._checks import sequence
 from .._policy import apply, check_policy
 from ..embedding import zero_init
-from ._parts import HEAD_NORMS, beside, check_heads, check_qk_norm, feed_forward, normalise_and_rotate, qk_weight, split_heads
+from ._parts import HEAD_NORMS, attend_to_itself, beside, check_heads, check_qk_norm, feed_forward, qk_weight, split_heads
 
 
 class PixArtBlock(nn.Module):
@@ -89,9 +89,8 @@ class PixArtBlock(nn.Module):
         return apply(self.policy, "gate_residual", x, self.mlp(h).to(x.dtype), gate_m, table=table[5:])
 
     def _attend(self, h: Tensor) -> Tensor:
-        q, k, v = split_heads(self.qkv(h), 3, self.num_heads)  # [B, N, heads, D] each
-        q, k = normalise_and_rotate(self.policy, self.qk_norm, q, k, self.q_weight, self.k_weight)
-        return self.attention_out(apply(self.policy, "attention", q, k, v).flatten(2))
+        packed = self.qkv(h)  # [B, N, 3C]
+        return self.attention_out(attend_to_itself(self.policy, packed, self.num_heads, self.qk_norm, self.q_weight, self.k_weight))
 
     def _attend_context(self, x: Tensor, context: Tensor, key_lengths: Tensor | None) -> Tensor:
         (q,) = split_heads(self.cross_q(x), 1, self.num_heads)  # [B, N, heads, D]

@@ -10,7 +10,7 @@ from ..._checks import check_count, check_number, check_positive
 from .._checks import divides, feature_map
 from .._policy import apply, check_policy
 from ..embedding import zero_init
-from ._parts import check_heads, check_qk_norm, normalise_and_rotate, pixels, qk_weight, split_heads
+from ._parts import attend_to_itself, check_heads, check_qk_norm, pixels, qk_weight
 
 
 class UNetAttentionBlock(nn.Module):
@@ -63,10 +63,9 @@ class UNetAttentionBlock(nn.Module):
         """x [B, C, H, W], contiguous or channels_last -> [B, C, H, W] of x's dtype and layout."""
         feature_map(x, self.qkv.in_features)
         h = apply(self.policy, "group_norm_silu", x, self.num_groups, self.norm_weight, self.norm_bias, eps=self.eps, activation=None)
-        q, k, v = split_heads(self.qkv(pixels(h)), 3, self.num_heads)  # [B, N, heads, D] each
-        q, k = normalise_and_rotate(self.policy, self.qk_norm, q, k, self.q_weight, self.k_weight)
-        attended = self.out(apply(self.policy, "attention", q, k, v).flatten(2))  # [B, N, C]
-        y = x + attended.transpose(1, 2).reshape(x.shape).to(x.dtype)
+        packed = self.qkv(pixels(h))  # [B, N, 3C]
+        attended = attend_to_itself(self.policy, packed, self.num_heads, self.qk_norm, self.q_weight, self.k_weight)  # [B, N, C]
+        y = x + self.out(attended).transpose(1, 2).reshape(x.shape).to(x.dtype)
         return y if self.skip_scale == 1 else y.mul_(self.skip_scale)
 
 
