@@ -109,6 +109,11 @@ def unit(x: Tensor) -> int:
     return 16 // x.element_size()
 
 
+def padded_width(x: Tensor) -> int:
+    """The width of `aligned(x)`."""
+    return triton.cdiv(x.shape[3], unit(x)) * unit(x)
+
+
 def aligned(x: Tensor) -> Tensor:
     """x itself where its rows are made of adjacent elements and begin and end at multiples of 16 bytes; otherwise such a copy, padded with
     zeros. Kernels that read x by single elements would hold many times as many addresses, more than there are registers for.
@@ -116,7 +121,7 @@ def aligned(x: Tensor) -> Tensor:
     count, width = unit(x), x.shape[3]
     if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(n % count for n in (width, *_outer_strides(x))):
         return x
-    copy = x.new_zeros((*x.shape[:3], triton.cdiv(width, count) * count))
+    copy = x.new_zeros((*x.shape[:3], padded_width(x)))
     copy[..., :width] = x
     return copy
 

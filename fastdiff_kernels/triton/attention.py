@@ -16,7 +16,7 @@ from ._attention_backward import key_kernel, query_kernel
 from ._attention_dual import dual_kernel
 from ._attention_forward import forward_kernel
 from ._attention_sizes import INTERPRETER, Sizes, separate, sizes
-from ._attention_tiles import aligned, arithmetic, interpreting, pieces, strides, unit
+from ._attention_tiles import aligned, arithmetic, interpreting, padded_width, pieces, strides, unit
 from ._common import absent, capability, launch
 
 
@@ -56,11 +56,6 @@ def _programs(x: Tensor, rows: int) -> int:
     return x.shape[0] * x.shape[2] * triton.cdiv(x.shape[1], rows)
 
 
-def _padded_width(x: Tensor) -> int:
-    """Of what `aligned` makes of x."""
-    return triton.cdiv(x.shape[3], unit(x)) * unit(x)
-
-
 def _result(x: Tensor | None, like: Tensor) -> Tensor:
     """x without the columns that `like` has been padded by."""
     return absent(like) if x is None else x[..., : like.shape[3]].contiguous()
@@ -82,7 +77,7 @@ def attention_backward(
     grad: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None,
     output: Tensor, lse: Tensor, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    width = _padded_width(q)
+    width = padded_width(q)
     results = [x.new_empty((*x.shape[:3], width)) if need else None for x, need in zip((q, k, v), needs, strict=True)]
     _write_gradients(grad, grad_lse, q, k, v, scale, key_lengths, output, lse, results)
     grad_q, grad_k, grad_v = (_result(g, q) for g in results)
@@ -99,7 +94,7 @@ def attention_packed_backward(
     needs: Sequence[bool],
 ) -> Tensor:  # fmt: skip
     q, k, v = qkv.unbind(2)
-    result = qkv.new_empty((*qkv.shape[:4], _padded_width(q)))
+    result = qkv.new_empty((*qkv.shape[:4], padded_width(q)))
     _write_gradients(grad, grad_lse, q, k, v, scale, key_lengths, output, lse, result.unbind(2))
     return result[..., : qkv.shape[4]].contiguous()
 

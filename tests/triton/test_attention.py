@@ -121,6 +121,17 @@ def test_scale_has_any_sign(scale, device):
 
 @pytest.mark.executes
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [24, 5])
+def test_one_projection_is_its_parts(width, dtype, device):
+    qkv = torch.randn(2, 33, 3, 2, width, device=device).to(dtype)
+    parts = launched(*qkv.unbind(2), 0.2, None)
+    output, lse = attention.attention_packed(qkv, 0.2, None)
+    gradient = attention.attention_packed_backward(*upstream(qkv[:, :, 0]), qkv, 0.2, None, output, lse, [True])
+    assert_bitwise((output, lse, gradient), (*parts[:2], torch.stack(parts[2:], 2)))
+
+
+@pytest.mark.executes
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_reads_any_strides(dtype, device):
     packed = torch.randn(2, 33, 3, 2, 24, device=device).to(dtype)
     parts = packed.unbind(2)
