@@ -55,9 +55,9 @@ def test_networks_hand_their_policy_on(network, shape):
 
 
 def test_auto_asks_the_table(table):
-    table(row("layer_norm_modulate", "inductor"), row("attention", "fastdiff"))
+    table(row("layer_norm_modulate", "inductor"), row("attention_packed", "fastdiff"))
     seen = ops_seen(CASES["dit"].make(policy="auto"), *CASES["dit"].inputs())
-    assert seen == {"attention", "gate_residual", "gate_residual_norm_modulate"}
+    assert seen == {"attention_packed", "gate_residual", "gate_residual_norm_modulate"}
 
 
 @pytest.mark.parametrize(
