@@ -9,7 +9,7 @@ import torch
 
 from fastdiff_kernels._registry import OPS
 
-from .harness import RESULTS, Session
+from .harness import RESULTS, Session, measured
 from .provenance import device_name
 from .rivals import absent
 from .workloads import Case, cases
@@ -26,14 +26,15 @@ def pytest_addoption(parser):
     group.addoption(
         "--save-rows", nargs="?", const=str(usual), metavar="FILE", help="append the rows to this file (benchmarks/results/rows.csv)"
     )
-    group.addoption("--quick", action="store_true", help="0.3 seconds a case instead of two")
+    group.addoption("--resume", action="store_true", help="with --save-rows: leave out the cases that the file has rows for")
+    group.addoption("--quick", action="store_true", help="a quarter of a second for a case instead of two seconds")
     group.addoption("--network", action="append", default=[], help="only workloads of this network, for instance DiT-XL/2")
     group.addoption("--dtype", action="append", default=[], choices=DTYPES, help=f"default: {USUAL[DEVICE][0]} on this machine")
     group.addoption("--max-autotune", action="store_true", help="torch.compile(mode='max-autotune') as one more provider")
 
 
 def pytest_configure(config):
-    config.stash[_SESSION] = Session(DEVICE, 0.3 if config.getoption("--quick") else 2.0)
+    config.stash[_SESSION] = Session(DEVICE, 0.25 if config.getoption("--quick") else 2.0)
 
 
 def pytest_generate_tests(metafunc):
@@ -41,23 +42,37 @@ def pytest_generate_tests(metafunc):
         networks, dtypes = (metafunc.config.getoption(name) for name in ("--network", "--dtype"))
         chosen = [w for w in metafunc.module.WORKLOADS if not networks or w.network in networks]
         found = cases(chosen, [DTYPES[name] for name in dtypes or USUAL[DEVICE]])
+        if metafunc.config.getoption("--resume"):
+            done = _measured(metafunc.config)
+            found = [case for case in found if str(case) not in done]
         metafunc.parametrize("case", found, ids=[str(c).replace(" ", "-") for c in found])
+
+
+def _measured(config) -> set[str]:
+    path = config.getoption("--save-rows")
+    if path is None:
+        raise pytest.UsageError("--resume needs --save-rows, the file whose cases are left out")
+    return measured(Path(path), DEVICE)
 
 
 @pytest.fixture
 def measure(request, benchmark):
     """Session.measure of every provider; ours is also run under pytest-benchmark, with the speed-ups beside it."""
-    session: Session = request.config.stash[_SESSION]
+    config = request.config
+    session: Session = config.stash[_SESSION]
 
     def run(case: Case) -> dict[str, float]:
         w = case.workload
         benchmark.group = f"{w.op} {case.mode}"
-        compiled = _compiled(w, request.config.getoption("--max-autotune"))
+        compiled = _compiled(w, config.getoption("--max-autotune"))
         rivals = {**w.rivals, **(w.forward_rivals if case.mode == "forward" else {})}
-        measured = session.measure(case, {"eager": w.eager, **compiled, **rivals, "ours": w.ours}, _backends(w) if DEVICE == "cuda" else ())
-        benchmark.extra_info.update({f"speedup_over_eager/{name}": round(value, 3) for name, value in measured.speedups.items()})
-        benchmark.pedantic(_synchronised(measured.runs["ours"]), rounds=3, iterations=1, warmup_rounds=1)
-        return measured.speedups
+        result = session.measure(case, {"eager": w.eager, **compiled, **rivals, "ours": w.ours}, _backends(w) if DEVICE == "cuda" else ())
+        if path := config.getoption("--save-rows"):
+            # A run that is cut off keeps what it has measured.
+            session.save(Path(path))
+        benchmark.extra_info.update({f"speedup_over_eager/{name}": round(value, 3) for name, value in result.speedups.items()})
+        benchmark.pedantic(_synchronised(result.runs["ours"]), rounds=1 if config.getoption("--quick") else 3, iterations=1)
+        return result.speedups
 
     return run
 
@@ -112,5 +127,4 @@ def pytest_terminal_summary(terminalreporter, config):
     if DEVICE == "cpu":
         terminalreporter.write_line("not measured: anything on a GPU")
     if path := config.getoption("--save-rows"):
-        session.save(Path(path))
         terminalreporter.write_line(f"appended to {path}")

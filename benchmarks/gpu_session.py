@@ -1,7 +1,8 @@
 """Everything there is to do on a GPU, in pieces: `python -m benchmarks.gpu_session --out out/gpu --minutes 10`, again until all are done.
 
 Each piece's output goes to <out>/<piece>.log, rows to <out>/rows.csv. A piece that has finished, well or not, is not run again; one that
-was cut off by the end of the time is. `summary.txt` says what passed, what failed and what is left.
+was cut off by the end of the time is, of benchmarks the cases that it had not come to. `summary.txt` says what passed, what failed and what
+is left.
 """
 
 from __future__ import annotations
@@ -43,9 +44,15 @@ class Piece:
 
 def pieces(out: Path) -> list[Piece]:
     """All there is to do, most wanted first."""
-    python, rows = sys.executable, str(out / "rows.csv")
+    python = sys.executable
+    quick = (python, "-m", "pytest", "--quick")
     test = (python, "-m", "pytest", "-q", "-m", "gpu")
     sanitize = ("compute-sanitizer", "--error-exitcode", "9", *test, "tests/test_gpu.py", "-k", "two_runs and -0-")
+
+    def bench(*chosen: str) -> tuple[str, ...]:
+        # Many minutes where shapes are many: what a piece that was cut off has measured is not measured again.
+        return (*quick, *chosen, f"--save-rows={out / 'rows.csv'}", "--resume")
+
     return [
         Piece("environment", (python, "-m", "fastdiff_kernels.cli", "doctor")),
         Piece("driver", ("nvidia-smi",), needs="nvidia-smi"),
@@ -53,13 +60,14 @@ def pieces(out: Path) -> list[Piece]:
         Piece("parity", (*test, "tests/test_gpu.py")),
         Piece("triton", (python, "-m", "pytest", "-q", "tests/triton")),
         Piece("families", (*test, "tests", "--ignore=tests/test_gpu.py", "--ignore=tests/triton")),
-        *(
-            Piece(f"bench_{family}", (python, "-m", "pytest", f"benchmarks/bench_{family}.py", "--quick", f"--save-rows={rows}"))
-            for family in BENCHES
-        ),
+        *(Piece(f"bench_{family}", bench(f"benchmarks/bench_{family}.py")) for family in BENCHES),
         Piece("sanitizer", sanitize, needs="compute-sanitizer"),
-        Piece("bench_float32", (python, "-m", "pytest", "benchmarks", "--quick", "--dtype=float32", f"--save-rows={rows}")),
-        Piece("bench_float16", (python, "-m", "pytest", "benchmarks", "--quick", "--dtype=float16", f"--save-rows={rows}")),
+        Piece("bench_float32", bench("benchmarks", "--dtype=float32")),
+        Piece("bench_float16", bench("benchmarks", "--dtype=float16")),
+        Piece(
+            "bench_max_autotune",
+            (*quick, "benchmarks", "--network=DiT-XL/2", "--max-autotune", f"--save-rows={out / 'max_autotune.csv'}", "--resume"),
+        ),
     ]
 
 

@@ -15,7 +15,7 @@ from fastdiff_kernels import backend
 
 from .ceilings import copy_bandwidth, matmul_rate
 from .memory import peak_bytes
-from .provenance import Provenance
+from .provenance import Provenance, device_name
 from .timing import Times, interleave
 from .workloads import Case
 
@@ -113,6 +113,8 @@ class Session:
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """What was wrong with providers of others, which get no row for it."""
+    saved: int = 0
+    """How many of the rows have been saved."""
 
     def measure(self, case: Case, providers: Mapping[str, Callable], backends: Sequence[str] = ()) -> Measured:
         """Adds a row for each provider, "eager" among them, for the workload's variants, and for "ours" on each of these backends alone.
@@ -195,13 +197,27 @@ class Session:
         return lines
 
     def save(self, path: Path) -> None:
-        """Appends the rows, with their provenance, to a CSV file; columns that it lacks are added to it, empty in earlier rows."""
+        """Appends the rows that have not been saved, with their provenance, to a CSV file.
+
+        Columns that it lacks are added to it, empty in earlier rows.
+        """
         columns = _columns(path)
+        rows, self.saved = self.rows[self.saved :], len(self.rows)
         where = asdict(Provenance.here(self.device))
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, columns)
-            for row in self.rows:
+            for row in rows:
                 writer.writerow({**where, **{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}})
+
+
+def measured(path: Path, device: str) -> set[str]:
+    """The cases, in words, that a results file has rows of ours for, measured on this device."""
+    if not path.exists():
+        return set()
+    here = device_name(device)
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["device"] == here and row["provider"] == "ours"]
+    return {" ".join(row[name] for name in ("op", "network", "shape", "dtype", "mode")) for row in rows}
 
 
 def _columns(path: Path) -> list[str]:

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from benchmarks.gpu_session import Piece, pieces, run
-from benchmarks.harness import FIELDS, Session, WrongResult
+from benchmarks.harness import FIELDS, Session, WrongResult, measured
 from benchmarks.memory import peak_bytes
+from benchmarks.provenance import device_name
 from benchmarks.timing import Times
-from benchmarks.workloads import Case, Variant, Workload
+from benchmarks.workloads import Case, Variant, Workload, cases
 from fastdiff_kernels import ops
 
 ROOT = Path(__file__).parents[1]
@@ -200,9 +201,9 @@ def test_quantiles():
 
 def test_rows_are_appended_with_their_provenance(tmp_path):
     session, path = Session("cpu", 0.01), tmp_path / "rows.csv"
-    session.measure(Case(workload(), torch.float32, "forward"), {"eager": product})
-    session.save(path)
-    session.save(path)
+    for _ in range(2):
+        session.measure(Case(workload(), torch.float32, "forward"), {"eager": product})
+        session.save(path)
     with path.open(newline="") as file:
         first, second = csv.DictReader(file)
     assert tuple(first) == FIELDS
@@ -224,6 +225,41 @@ def test_a_file_of_earlier_rows_gets_the_columns_that_came_later(tmp_path):
     assert (earlier["date"], earlier["note"], earlier["p50_ms"]) == ("2020-01-01", "kept", "")
     assert (row["op"], row["note"], row["timed"]) == ("product", "", "calls")
     assert float(row["p50_ms"]) > 0
+
+
+def test_what_a_file_has_rows_for_need_not_be_measured_again(tmp_path):
+    path = tmp_path / "rows.csv"
+    assert measured(path, "cpu") == set()
+    session = Session("cpu", 0.01)
+    done, torn = (Case(workload(), torch.float32, mode) for mode in ("forward", "fwd+bwd"))
+    session.measure(done, {"eager": product, "ours": product})
+    session.measure(torn, {"eager": product})
+    session.save(path)
+    assert measured(path, "cpu") == {str(done)}
+    path.write_text(path.read_text().replace(device_name("cpu"), "another device"))
+    assert measured(path, "cpu") == set()
+
+
+def test_a_run_goes_on_after_the_cases_of_its_file(tmp_path):
+    """With rows for all but one, it measures that one; with that, nothing, and is content."""
+    path = tmp_path / "rows.csv"
+    missing, *rest = cases(importlib.import_module("benchmarks.bench_sweeps").WORKLOADS, [torch.float32])
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["device", "op", "network", "shape", "dtype", "mode", "provider"])
+        writer.writeheader()
+        for case in rest:
+            w = case.workload
+            row = {"op": w.op, "network": w.network, "shape": w.shape, "dtype": "float32", "mode": case.mode, "provider": "ours"}
+            writer.writerow({"device": device_name("cuda" if torch.cuda.is_available() else "cpu"), **row})
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/bench_sweeps.py", "--quick", "--resume"]
+    command += ["--dtype=float32", f"--save-rows={path}"]
+    for expected in ("1 passed", "1 skipped"):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout
+        assert expected in done.stdout.splitlines()[-1]
+    with path.open(newline="") as file:
+        *_, row = csv.DictReader(file)
+    assert f"{row['op']} sweep {row['shape']} float32 {row['mode']}" == str(missing)
 
 
 def test_rows_have_every_column_that_is_promised(tmp_path):
