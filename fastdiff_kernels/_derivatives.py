@@ -57,7 +57,11 @@ def _recording(op: Op, wanted: Sequence[int]) -> type[torch.autograd.function._S
             return as_tuple(vjp(op, wanted, grads, args, needs))
         if recorded_packet is not None and _scalable(args[wanted[0]]) and not _batched(grads[0]):
             return _scaled(recorded_packet(*args, needs)[1:], grads[0], needs)
-        return as_tuple(backward_packet(*grads, *args, *outputs, needs))
+        if _forward_mode():
+            return as_tuple(backward_packet(*grads, *args, *outputs, needs))
+        # Nothing is recorded and nothing has a tangent: there is nothing to do at the autograd key.
+        with torch._C._AutoDispatchBelowAutograd():
+            return as_tuple(backward_packet(*grads, *args, *outputs, needs))
 
     # A plain Function refuses to run inside torch.func's transforms. Here they have already been peeled off down to one level.
     class Recorded(torch.autograd.function._SingleLevelFunction):

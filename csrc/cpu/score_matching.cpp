@@ -392,12 +392,17 @@ void scale_samples(Tensor gradient, const Tensor& factor) {
     bool touched = false;
     for (int64_t b = 0; b < samples.batch; ++b) touched |= factors[b] != A(1);
     if (!touched) return;
-    for_each_chunk(samples, [=](int64_t b, int64_t begin, int64_t end) {
-      const A scale = factors[b];
-      if (scale == A(1)) return;
-      T* row = values + b * samples.elements;
+    // From the end of each thread's part, which it wrote last and which is still in its cache.
+    torch::stable::parallel_for(0, gradient.numel(), kChunk, [=](int64_t first, int64_t last) {
+      for (int64_t end = last; end > first;) {
+        const int64_t b = (end - 1) / samples.elements, begin = std::max(first, std::max(b * samples.elements, end - kChunk));
+        const A scale = factors[b];
+        if (scale != A(1)) {
 #pragma omp simd
-      for (int64_t i = begin; i < end; ++i) row[i] = store<T>(scale * load(row[i]));
+          for (int64_t i = begin; i < end; ++i) values[i] = store<T>(scale * load(values[i]));
+        }
+        end = begin;
+      }
     });
   });
 }

@@ -162,7 +162,8 @@ def solver_step(
         raise ValueError(f"{op}: sigma_next must be finite and at least 0; got {sigma_next}")
     older1, older0 = (None, None) if before is None else before
     _check_predictions(op, x, denoised, uncond, guidance, rows, newest, older)
-    _check_alike(op, x, (("previous", previous), ("point", point), ("before[0]", older1), ("before[1]", older0)))
+    if not (previous is point is older1 is older0 is None):
+        _check_alike(op, x, (("previous", previous), ("point", point), ("before[0]", older1), ("before[1]", older0)))
     if point is not None and (previous is not None or denoised is None or sigma_next == 0):
         raise ValueError(f"{op}: point needs denoised and sigma_next > 0, and excludes previous")
     _check_rule(op, x, state, mode, threshold, max_skip, scales)
@@ -182,7 +183,7 @@ def solver_step(
 def _may_differentiate(tensors: Sequence[Tensor | None]) -> bool:
     return (
         torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
