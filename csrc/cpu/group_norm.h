@@ -2,7 +2,8 @@
 // How group norm sees its arguments, whichever order the elements of x lie in.
 // To be included between variant_begin.h and variant_end.h, after cpu/torch.h.
 
-#include "cpu/common.h"
+#include "cpu/lanes.h"
+#include "cpu/rows.h"
 #include "fastdiff/group_norm.h"
 
 namespace fastdiff::FASTDIFF_VARIANT {
@@ -51,16 +52,6 @@ struct Layout {
   }
 };
 
-template <class A>
-struct Scratch {
-  Tensor tensor;
-  A* data;
-
-  Scratch(const Tensor& like, int64_t size)
-      : tensor(torch::stable::new_empty(like, {size}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float)),
-        data(write<A>(tensor)) {}
-};
-
 // Mean and inverse deviation of every group, [B, groups].
 template <class A>
 struct Statistics {
@@ -77,52 +68,75 @@ struct Statistics {
 template <class A>
 class Plane {
  public:
-  Plane(const OptionalTensor& x, A constant, const Tensor& like, int64_t channels) {
-    const auto dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    if (x) {
-      tensor_ = x->scalar_type() == dtype ? *x : torch::stable::to(*x, dtype);
-      stride_ = tensor_->stride(tensor_->dim() - 1);
-      batch_stride_ = tensor_->dim() == 2 ? tensor_->stride(0) : 0;
-    } else {
-      tensor_ = torch::stable::new_empty(like, {channels}, dtype);
-      std::fill(write<A>(*tensor_), write<A>(*tensor_) + channels, constant);
-    }
+  Plane(const OptionalTensor& x, A constant) : constant_(constant) {
+    if (!x) return;
+    tensor_ = x->scalar_type() == kDtype<A> ? *x : torch::stable::to(*x, kDtype<A>);
+    stride_ = tensor_->stride(tensor_->dim() - 1);
+    batch_stride_ = tensor_->dim() == 2 ? tensor_->stride(0) : 0;
     data_ = read<A>(*tensor_);
   }
 
-  A operator()(int64_t b, int64_t c) const { return data_[b * batch_stride_ + c * stride_]; }
+  A operator()(int64_t b, int64_t c) const { return data_ == nullptr ? constant_ : data_[b * batch_stride_ + c * stride_]; }
 
  private:
   OptionalTensor tensor_;
-  const A* data_;
-  int64_t stride_ = 1, batch_stride_ = 0;
+  A constant_;
+  const A* data_ = nullptr;
+  int64_t stride_ = 0, batch_stride_ = 0;
 };
 
-// z = normalised * gain + offset, with gain = weight (1 + scale) and offset = bias (1 + scale) + shift as arrays [B, C].
+// z = normalised * gain + offset.
 template <class A>
 struct Affine {
   Plane<A> weight, bias, scale, shift;
-  Scratch<A> gain, offset;
 
-  Affine(
-      const Tensor& x, const Layout& layout, const OptionalTensor& weights, const OptionalTensor& biases, const OptionalTensor& scales,
-      const OptionalTensor& shifts)
-      : weight(weights, 1, x, layout.channels),
-        bias(biases, 0, x, layout.channels),
-        scale(scales, 0, x, layout.channels),
-        shift(shifts, 0, x, layout.channels),
-        gain(x, layout.batch * layout.channels),
-        offset(x, layout.batch * layout.channels) {
-    for (int64_t b = 0; b < layout.batch; ++b) {
-      A *gains = gain.data + b * layout.channels, *offsets = offset.data + b * layout.channels;
-#pragma omp simd
-      for (int64_t c = 0; c < layout.channels; ++c) {
-        const A factor = A(1) + scale(b, c);
-        gains[c] = weight(b, c) * factor;
-        offsets[c] = bias(b, c) * factor + shift(b, c);
-      }
-    }
-  }
+  Affine(const OptionalTensor& weights, const OptionalTensor& biases, const OptionalTensor& scales, const OptionalTensor& shifts)
+      : weight(weights, 1), bias(biases, 0), scale(scales, 0), shift(shifts, 0) {}
+
+  A gain(int64_t b, int64_t c) const { return weight(b, c) * (A(1) + scale(b, c)); }
+  A offset(int64_t b, int64_t c) const { return bias(b, c) * (A(1) + scale(b, c)) + shift(b, c); }
 };
+
+// Numbers ahead of which an output is fetched before it is written: a store that misses the cache waits longer than the arithmetic takes.
+constexpr int64_t kWriteAhead = 256;
+
+// Where the sigmoid is 0 and 1 to the last digit that a sum keeps; beyond, the exponential would leave the normal range.
+template <class A>
+struct Saturation {
+  static constexpr A low = sizeof(A) == sizeof(float) ? -88 : -708, high = sizeof(A) == sizeof(float) ? 87 : 708;
+};
+
+// z between the ends of the sigmoid's range, and z at least the lower of them.
+template <class A>
+FD_INLINE void clamp_to_sigmoid(const Lanes<A>& z, Lanes<A>& above, Lanes<A>& clamped) {
+  above = z < Saturation<A>::low ? Lanes<A>{} + Saturation<A>::low : z;
+  clamped = above > Saturation<A>::high ? Lanes<A>{} + Saturation<A>::high : above;
+}
+
+template <bool kSilu, class A>
+FD_INLINE void activation(const Lanes<A>& z, Lanes<A>& y) {
+  if constexpr (kSilu) {
+    Lanes<A> numerator, clamped, power;
+    clamp_to_sigmoid<A>(z, numerator, clamped);
+    exp_of_normal(-clamped, power);
+    y = numerator / (A(1) + power);
+  } else {
+    y = z;
+  }
+}
+
+// The derivative of the activation; 1 - sigmoid is had without a cancellation.
+template <bool kSilu, class A>
+FD_INLINE void activation_gradient(const Lanes<A>& z, Lanes<A>& slope) {
+  if constexpr (kSilu) {
+    Lanes<A> above, clamped, power;
+    clamp_to_sigmoid<A>(z, above, clamped);
+    exp_of_normal(-clamped, power);
+    const Lanes<A> sigmoid = A(1) / (A(1) + power);
+    slope = sigmoid * (A(1) + clamped * (power * sigmoid));
+  } else {
+    slope = Lanes<A>{} + A(1);
+  }
+}
 
 }  // namespace fastdiff::FASTDIFF_VARIANT

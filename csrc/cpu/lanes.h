@@ -75,22 +75,57 @@ FD_INLINE void transpose(Lanes<A> (&rows)[kLanes<A>]) {
   if constexpr (kStep > 1) transpose<A, kStep / 2>(rows);
 }
 
-// e^x for x at most 0, as exp of fastdiff/math.h but for results below the normal range, which are zero.
-FD_INLINE void exp_of_nonpositive(const Lanes<float>& x, Lanes<float>& y) {
+// e^x where it is a normal number: for x between -87 and 88.
+FD_INLINE void exp_of_normal(const Lanes<float>& x, Lanes<float>& y) {
   typedef typename Vector<int32_t, kLanes<float>>::type Integers;
-  const Lanes<float> shifted = (x < -87.0f ? Lanes<float>{} - 87.0f : x) * 1.44269504f + 12582912.0f;
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+  const Lanes<float> shifted = x * 1.44269504f + 12582912.0f;
   const Lanes<float> n = shifted - 12582912.0f;
   const Lanes<float> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
   const Lanes<float> p = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040)))))));
-  // p lies in [0.7, 1.42] and the result in the normal range: its exponent takes an addition.
-  const Lanes<float> scaled = (Lanes<float>)((Integers)p + ((Integers)shifted << 23));
-  y = x < -87.0f ? Lanes<float>{} : (x == x ? scaled : x);
+  // p lies in [0.7, 1.42]: its exponent takes an addition.
+  y = (Lanes<float>)((Integers)p + ((Integers)shifted << 23));
 }
 
-FD_INLINE void exp_of_nonpositive(const Lanes<double>& x, Lanes<double>& y) {
+FD_INLINE void exp_of_normal(const Lanes<double>& x, Lanes<double>& y) {
   Lanes<double> powers{};
-  for (int64_t i = 0; i < kLanes<double>; ++i) powers[i] = exp(x[i]);
+  for (int64_t i = 0; i < kLanes<double>; ++i) powers[i] = std::exp(x[i]);
   y = powers;
+}
+
+// e^x for x at most 0; results below the normal range are zero.
+FD_INLINE void exp_of_nonpositive(const Lanes<float>& x, Lanes<float>& y) {
+  Lanes<float> power;
+  exp_of_normal(x < -87.0f ? Lanes<float>{} - 87.0f : x, power);
+  y = x < -87.0f ? Lanes<float>{} : (x == x ? power : x);
+}
+
+FD_INLINE void exp_of_nonpositive(const Lanes<double>& x, Lanes<double>& y) { exp_of_normal(x, y); }
+
+// Calls body(i, n) for [0, count) in order, n numbers at a time: as many as lanes, at the end perhaps fewer.
+template <class A, class F>
+FD_INLINE void for_each_lanes(int64_t count, F&& body) {
+  constexpr int64_t width = kLanes<A>;
+  int64_t i = 0;
+  for (; i + width <= count; i += width) body(i, width);
+  if (i < count) body(i, count - i);
+}
+
+// The first n lanes; the others are zero.
+template <class T>
+FD_INLINE void load_some(const T* from, int64_t n, Lanes<Acc<T>>& to) {
+  Acc<T> line[kLanes<Acc<T>>] = {};
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) line[k] = load(from[k]);
+  load_lanes(line, to);
+}
+
+template <class T>
+FD_INLINE void store_some(const Lanes<Acc<T>>& from, int64_t n, T* to) {
+  Acc<T> line[kLanes<Acc<T>>];
+  store_lanes(from, line);
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) to[k] = store<T>(line[k]);
 }
 
 // The sum of term(x) over count numbers, the term taking lanes or one number; count at most a few thousand.

@@ -13,10 +13,11 @@ struct Shape {
   int64_t elements() const { return rows() * channels; }
 };
 
+// Uninitialised numbers that begin with a line of the cache, so that no lanes lie on two.
 template <class A>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : data_(static_cast<A*>(std::malloc(std::max<int64_t>(size, 1) * sizeof(A)))) {
+  explicit Buffer(int64_t size) : data_(static_cast<A*>(std::aligned_alloc(64, (std::max<int64_t>(size, 1) * sizeof(A) + 63) / 64 * 64))) {
     STD_TORCH_CHECK(data_ != nullptr, "fastdiff: out of memory");
   }
   ~Buffer() { std::free(data_); }

@@ -1,8 +1,7 @@
 #pragma once
-// Group normalisation: moments of parts put together, one element's activation and its derivative.
+// Group normalisation: moments of parts put together, and what a group's gradient is made of.
 
 #include "fastdiff/macros.h"
-#include "fastdiff/math.h"
 
 namespace fastdiff::FASTDIFF_VARIANT {
 
@@ -26,17 +25,6 @@ template <class A>
 FD_INLINE Standard<A> standard(Moments m, double eps) {
   const double variance = m.count > 0 ? m.squares / m.count : 0;
   return {static_cast<A>(m.mean), static_cast<A>(1 / std::sqrt(variance + eps))};
-}
-
-template <bool kSilu, class A>
-FD_INLINE A activation(A z) {
-  return kSilu ? z / (A(1) + exp(-z)) : z;
-}
-
-template <bool kSilu, class A>
-FD_INLINE A activation_gradient(A z) {
-  const A s = sigmoid(z);
-  return kSilu ? s * (A(1) + z * (A(1) - s)) : A(1);
 }
 
 // The terms of a group's gradient beside gain * grad_z: slope * (x - mean) + constant. sum: of grad_z times the affine gain; product: the

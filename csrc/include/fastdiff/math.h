@@ -53,27 +53,4 @@ FD_INLINE void sincospi(float x, float& sine, float& cosine) {
   cosine = (quadrant + 1) & 2 ? -cosine_size : cosine_size;
 }
 
-// e^x; NaN stays NaN, and the ends of the clamped range are where float32 gives 0 and infinity. No choice is made after the polynomial:
-// compilers would carry one forward into what the caller computes, division included, and compute that once for each outcome.
-FD_INLINE float exp(float x) {
-  const float above = -104.0f > x ? -104.0f : x;
-  const float clamped = 89.0f < above ? 89.0f : above;
-  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-  const float shifted = clamped * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
-  const float p = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040)))))));
-  // In two factors, since neither 2^128 nor 2^-150 is a float.
-  const int32_t power = static_cast<int32_t>(bits_of(shifted) - 0x4b400000u);
-  const int32_t half = power >> 1;
-  return p * float_of(static_cast<uint32_t>(half + 127) << 23) * float_of(static_cast<uint32_t>(power - half + 127) << 23);
-}
-
-FD_INLINE double exp(double x) { return std::exp(x); }
-
-template <class A>
-FD_INLINE A sigmoid(A x) {
-  return A(1) / (A(1) + exp(-x));
-}
-
 }  // namespace fastdiff::FASTDIFF_VARIANT
