@@ -137,8 +137,8 @@ void backward_planes(
         const A gain = affine.gain(b, channel + c);
         gains.data()[c] = s.inverse * gain;
         double &plain = sums.plain[i * width + c], &product = sums.product[i * width + c];
-        channel_sums<kSilu>(
-            grad + at, x + at, grad_z.data() + c * positions, positions, s.mean, gains.data()[c], affine.offset(b, channel + c), plain, product);
+        const A offset = affine.offset(b, channel + c);
+        channel_sums<kSilu>(grad + at, x + at, grad_z.data() + c * positions, positions, s.mean, gains.data()[c], offset, plain, product);
         product *= s.inverse;
         sum += gain * plain;
         weighted += gain * product;

@@ -118,10 +118,24 @@ FD_INLINE Run<A> measure_many(const A* x, int64_t size, const Norm& norm) {
   return {mean, mean_square, norm_factor(mean_square, static_cast<A>(norm.eps), norm.pixel)};
 }
 
+// All heads of a token, while what lies `ahead` of x, its next token, is fetched; x and to may be the same.
+template <class A>
+FD_INLINE void normalise_many(const A* x, A* to, int64_t size, const A* weight, const Norm& norm, int64_t ahead) {
+  const Run<A> run = measure_many(x, size, norm);
+  const A mean = run.mean, factor = run.factor;
+  for_each_lanes<A>(size, [=](int64_t i, int64_t n) {
+    __builtin_prefetch(x + i + ahead);
+    Lanes<A> value, scale = Lanes<A>{} + A(1);
+    load_some(x + i, n, value);
+    if (weight) load_some(weight + i, n, scale);
+    store_some((value - mean) * (factor * scale), n, to + i);
+  });
+}
+
 // x and to may be the same.
 template <class A>
 FD_INLINE void normalise(const A* x, A* to, int64_t size, const A* weight, const Norm& norm) {
-  const Run<A> run = norm.over_heads ? measure_many(x, size, norm) : measure(x, size, norm);
+  const Run<A> run = measure(x, size, norm);
   const A mean = run.mean, factor = run.factor;
   if (weight) {
 #pragma omp simd
@@ -208,7 +222,7 @@ void forward_piece(const Job<T>& job, const Piece& piece, Acc<T>* room, const Ro
   to.begin(piece, room);
   for (int64_t t = 0; t < piece.tokens; ++t) {
     const A *cosine = rotation.cosines.row(piece.b, piece.n + t), *sine = rotation.sines.row(piece.b, piece.n + t);
-    if (norm.over_heads) normalise(from.at(t, 0), to.at(t, 0), piece.run(), job.weight, norm);
+    if (norm.over_heads) normalise_many(from.at(t, 0), to.at(t, 0), piece.run(), job.weight, norm, job.x.row_stride);
     for (int64_t h = 0; h < piece.heads; ++h) {
       A* head = to.at(t, h);
       const A* normal = norm.any ? head : from.at(t, h);
