@@ -36,7 +36,7 @@ def scale_samples(gradient: Tensor, factor: Tensor) -> Tensor:
         from .triton._scale import scale_samples_
 
         scale_samples_(gradient, factor)
-    else:
+    elif gradient.is_cuda or not bool((factor == 1).all()):
         gradient.mul_(_shaped(factor, gradient))
     return gradient
 

@@ -385,9 +385,14 @@ def test_bad_arguments_are_named(call, error, message):
         call()
 
 
+compiled_or_not = pytest.mark.parametrize(
+    "compiled", [pytest.param(True, marks=pytest.mark.skipif(not _scale._compiled(), reason="the compiled library is missing")), False]
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("elements", [3, 40_000])
-@pytest.mark.parametrize("compiled", [True, False])
+@compiled_or_not
 def test_recorded_gradients_are_scaled_in_their_own_memory(dtype, elements, compiled, monkeypatch):
     monkeypatch.setattr(_scale, "_compiled", lambda: compiled)
     gradient = torch.randn(4, elements, dtype=dtype)
@@ -404,7 +409,9 @@ def test_one_factor_for_all_samples_may_be_expanded():
     assert torch.equal(gradient, expected)
 
 
-def test_recorded_gradients_are_left_alone_where_the_factor_is_one():
+@compiled_or_not
+def test_recorded_gradients_are_left_alone_where_the_factor_is_one(compiled, monkeypatch):
+    monkeypatch.setattr(_scale, "_compiled", lambda: compiled)
     signalling = torch.tensor([0x7F800001], dtype=torch.int32).view(torch.float32).expand(2, 3).contiguous()  # a product would quieten it
     _scale.scale_samples(signalling, torch.ones(2))
     assert (signalling.view(torch.int32) == 0x7F800001).all()
