@@ -170,6 +170,19 @@ def autograd_kernel(op: Op) -> Callable:
     return kernel
 
 
+def without_derivative(packet: torch._ops.OpOverload) -> Callable:
+    """packet, called below autograd wherever its kernel there would do no more than that: half the cost of a small call."""
+
+    def call(*args):
+        # A compiler has to see the op itself.
+        if torch.compiler.is_compiling() or _forward_mode() or (torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return packet(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return packet(*args)
+
+    return call
+
+
 def _why_refused(op: Op) -> str:
     if op.differentiable or op.stopped:
         return "it is a constant of this op (detach it)"

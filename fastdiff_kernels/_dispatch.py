@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _loader
 from ._backends import has_kernel, missing_cpu_kernel, order, refusal, run, without_cpu_kernel
 from ._companions import TABLE
-from ._derivatives import autograd_kernel
+from ._derivatives import autograd_kernel, without_derivative
 from ._registry import Op, overload
 
 _library = torch.library.Library("fastdiff", "DEF")
@@ -87,3 +87,8 @@ for _op in TABLE.values():
 _loader.load()
 for _op in TABLE.values():
     _implement(_op)
+
+
+def bind(name: str) -> Callable:
+    """The op as public functions call it: where no derivative is asked for, past the Python that would find that out again."""
+    return without_derivative(overload(TABLE[name]).default)

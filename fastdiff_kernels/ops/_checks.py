@@ -72,14 +72,22 @@ def check_count(op: str, name: str, value: int, minimum: int) -> int:
 
 
 def per_sample(
-    op: str, name: str, value: float | Tensor, like: Tensor, *, above: float | None = None, at_least: float | None = None
+    op: str,
+    name: str,
+    value: float | Tensor,
+    like: Tensor,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A constant as the tensor [1] or [B] that ops take, in like's compute dtype.
+    """A constant as the tensor [1] or [B] that ops take, in `dtype` or else in like's compute dtype.
 
     Finite always; greater than `above` or at least `at_least` where those are given. Values inside tensors are checked on CPU alone,
     since reading them on a GPU would wait for it.
     """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if dtype is None:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
         constant = _constant_tensor(op, name, value, like)
         if constant.device.type == "cpu" and not torch.compiler.is_compiling() and constant.numel():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _dispatch  # noqa: F401  (registers the ops)
+from .._dispatch import bind
 from ._checks import check_choice, check_companion_dtype, check_count, check_device, check_positive, check_tensor
 
-_group_norm_silu = torch.ops.fastdiff.group_norm_silu.default
+_group_norm_silu = bind("group_norm_silu")
 
 
 def group_norm_silu(

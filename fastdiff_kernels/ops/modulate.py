@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _dispatch  # noqa: F401  (registers the ops)
+from .._dispatch import bind
 from ._checks import check_choice, check_companion_dtype, check_device, check_like, check_positive, check_tensor
 
-_layer_norm_modulate = torch.ops.fastdiff.layer_norm_modulate.default
-_rms_norm_modulate = torch.ops.fastdiff.rms_norm_modulate.default
-_gate_residual = torch.ops.fastdiff.gate_residual.default
-_gate_residual_norm_modulate = torch.ops.fastdiff.gate_residual_norm_modulate.default
+_layer_norm_modulate = bind("layer_norm_modulate")
+_rms_norm_modulate = bind("rms_norm_modulate")
+_gate_residual = bind("gate_residual")
+_gate_residual_norm_modulate = bind("gate_residual_norm_modulate")
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, table: Tensor | None = None, eps: float = 1e-6) -> Tensor:

@@ -3,14 +3,13 @@ the pixel norm of queries, keys and values (Karras et al., arXiv 2312.02696)."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _dispatch  # noqa: F401  (registers the ops)
+from .._dispatch import bind
 from ._checks import check_choice, check_companion_dtype, check_device, check_like, check_positive, check_tensor
 
-_qk_norm_rope = torch.ops.fastdiff.qk_norm_rope.default
-_qkv_pixel_norm = torch.ops.fastdiff.qkv_pixel_norm.default
+_qk_norm_rope = bind("qk_norm_rope")
+_qkv_pixel_norm = bind("qkv_pixel_norm")
 
 NORMS = ("rms", "layer", "rms_heads", "layer_heads", "pixel", None)
 _WEIGHTED = ("rms", "layer", "rms_heads", "layer_heads")

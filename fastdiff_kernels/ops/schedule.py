@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _dispatch  # noqa: F401  (registers the ops)
+from .._dispatch import bind
 from ._checks import check_choice, check_count, check_device, check_like, check_positive, check_tensor, per_sample
 
-_incremental_cost = torch.ops.fastdiff.incremental_cost.default
-_integrate_schedule = torch.ops.fastdiff.integrate_schedule.default
+_incremental_cost = bind("incremental_cost")
+_integrate_schedule = bind("integrate_schedule")
 
 
 def incremental_cost(
@@ -49,12 +49,19 @@ def incremental_cost(
     check_like(op, "raw_low", raw_low, "x", x)
     check_like(op, "raw_high", raw_high, "x", x)
     sigma_data = check_positive(op, "sigma_data", sigma_data)
-    # Of x's batch and device but float64: the levels of a fine grid differ by less than float32 resolves.
-    wide = x.new_empty(x.shape[:1], dtype=torch.float64)
-    low, high = (per_sample(op, name, sigma, wide, above=0) for name, sigma in (("sigma_low", sigma_low), ("sigma_high", sigma_high)))
-    if low.device.type == "cpu" and not torch.compiler.is_compiling() and bool((low > high).any()):
+    # float64, since the levels of a fine grid differ by less than float32 resolves.
+    low = per_sample(op, "sigma_low", sigma_low, x, above=0, dtype=torch.float64)
+    high = per_sample(op, "sigma_high", sigma_high, x, above=0, dtype=torch.float64)
+    if _exceeds(sigma_low, sigma_high, low, high):
         raise ValueError(f"{op}: sigma_low must be at most sigma_high; got {sigma_low} and {sigma_high}")
     return _incremental_cost(x, raw_low, raw_high, low, high, sigma_data)
+
+
+def _exceeds(sigma_low: float | Tensor, sigma_high: float | Tensor, low: Tensor, high: Tensor) -> bool:
+    """Whether some sigma_low is greater than its sigma_high, as far as that is known without waiting for a GPU."""
+    if not isinstance(sigma_low, Tensor) and not isinstance(sigma_high, Tensor):
+        return sigma_low > sigma_high
+    return low.device.type == "cpu" and not torch.compiler.is_compiling() and bool((low > high).any())
 
 
 def integrate_schedule(sigmas: Tensor, costs: Tensor, num_steps: int, *, interpolation: str = "pchip") -> Tensor:
