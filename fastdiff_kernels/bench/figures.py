@@ -77,8 +77,8 @@ def cost_figures(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
             colour = _COLOURS.get(provider) or _OTHERS[i % len(_OTHERS)]
             axes.loglog(sizes, middle, marker="o", markersize=4, label=provider, color=colour)
             axes.fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
-        sizes = sorted({float(row.shape.partition("=")[2]) for row in swept})
-        axes.set_xticks(sizes, [f"{size:g}" if size < 1e5 else f"{size:.0e}" for size in sizes])
+        ticks = sorted({float(row.shape.partition("=")[2]) for row in swept})
+        axes.set_xticks(ticks, [f"{tick:g}" if tick < 1e5 else f"{tick:.0e}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         # Where no power of ten is in sight, two of these are.
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
