@@ -18,13 +18,13 @@ from torch import Tensor
 from . import _group_norm_tiles
 from ._common import absent, capability, compute_dtype, launch
 from ._group_norm_tiles import (
-    MOST_REGISTERS,
     Tiles,
     activate_gradient,
     addresses,
     channels_of,
     layout_of,
     locate,
+    most_registers,
     of_channels,
     over_groups,
     read,
@@ -218,7 +218,7 @@ def gradients(
     sizes = (vector_strides(*vectors), (layout.channel_stride, layout.position_stride), channels, layout.positions, num_groups)
     constants: dict[str, Any] = {
         "SILU": activation is not None, "WIDTH": layout.width, "COUNT": tiles.group_count, "CHANNELS": tiles.channels,
-        "POSITIONS": tiles.positions, "num_warps": tiles.warps, "maxnreg": MOST_REGISTERS,
+        "POSITIONS": tiles.positions, "num_warps": tiles.warps, "maxnreg": most_registers(tiles),
     }  # fmt: skip
     if tiles.whole:
         launch(_whole_kernel, batch * tiles.channel_blocks, *read_in, *written, *sizes, tiles.channel_blocks, **constants)

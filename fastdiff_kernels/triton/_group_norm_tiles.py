@@ -18,14 +18,12 @@ from ._tuned import tuned
 # A group of at most so many bytes stays in the registers of one program from the first read to the last write; half as many in backward,
 # which holds two operands, and half where the vectors of many channels take registers too.
 _WHOLE = 32768
-# Left to itself, ptxas spills a little here and there to fit more programs on a multiprocessor.
-MOST_REGISTERS = 128
 # Elements of a tile of a larger group, and of a small tile that takes several groups.
 _PART = 4096
 _FEW = 512
 # Groups of a tile, and entries of the table of which of its channels belong to which of them: one warp may have to hold all.
 _MOST_GROUPS = 16
-_OWN = 2048
+_OWN = 1024
 # Partial results of one group that each program of the second pass loads together; of several groups it loads fewer for each.
 PARTIAL = 256
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -73,6 +71,12 @@ class Tiles(NamedTuple):
     def runs(self) -> int:
         """Programs of the first pass along the positions."""
         return triton.cdiv(self.position_blocks, self.run)
+
+
+def most_registers(tiles: Tiles) -> int:
+    """Of a thread. Left to itself, ptxas spills a little here and there to fit more programs on a multiprocessor; a tile of one warp may
+    have many channels for its few elements, and their vectors in registers."""
+    return 168 if tiles.warps == 1 else 128
 
 
 def layout_of(x: Tensor, groups: int) -> Layout:

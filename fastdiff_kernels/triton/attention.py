@@ -1,5 +1,7 @@
 """Attention on GPU: the launchers. Products are taken on tensor cores for 16-bit inputs, in float32 for float32; sums in float32.
 
+Kernels read rows that begin and end at multiples of 16 bytes; others are copied first.
+
 float64 is left to the definition: it has no use in a network, and a kernel of its own would only serve tests.
 """
 

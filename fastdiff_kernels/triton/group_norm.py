@@ -17,12 +17,12 @@ from torch import Tensor
 from ._common import capability, compute_dtype, launch
 from ._group_norm_backward import gradients, terms_at_once, vector_strides
 from ._group_norm_tiles import (
-    MOST_REGISTERS,
     activate,
     addresses,
     channels_of,
     layout_of,
     locate,
+    most_registers,
     of_channels,
     over_groups,
     read,
@@ -172,7 +172,7 @@ def group_norm_silu(
     extent = (layout.channels, layout.positions, num_groups, tiles.channel_blocks)
     constants: dict[str, Any] = {
         "WIDTH": layout.width, "COUNT": tiles.group_count, "CHANNELS": tiles.channels, "POSITIONS": tiles.positions,
-        "num_warps": tiles.warps, "maxnreg": MOST_REGISTERS,
+        "num_warps": tiles.warps, "maxnreg": most_registers(tiles),
     }  # fmt: skip
     written = (y, mean, inverse_deviation, vector_strides(*vectors), strides, *extent)
     silu = activation is not None
