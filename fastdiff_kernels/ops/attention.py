@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _dispatch  # noqa: F401  (registers the ops)
+from .._dispatch import bind
 from ._checks import check_device, check_like, check_tensor
 
-_attention = torch.ops.fastdiff.attention.default
-_attention_packed = torch.ops.fastdiff.attention_packed.default
-_attention_dual = torch.ops.fastdiff.attention_dual.default
+_attention = bind("attention")
+_attention_packed = bind("attention_packed")
+_attention_dual = bind("attention_dual")
 
 MAX_HEAD_DIM = 256
 

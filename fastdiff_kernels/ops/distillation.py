@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _dispatch  # noqa: F401  (registers the ops)
+from .._dispatch import bind
 from ._checks import check_choice, check_companion_dtype, check_device, check_like, check_tensor, per_sample
 
-_sim_loss = torch.ops.fastdiff.sim_loss.default
-_moment_matching_loss = torch.ops.fastdiff.moment_matching_loss.default
-_moment_matching_auxiliary_loss = torch.ops.fastdiff.moment_matching_auxiliary_loss.default
+_sim_loss = bind("sim_loss")
+_moment_matching_loss = bind("moment_matching_loss")
+_moment_matching_auxiliary_loss = bind("moment_matching_auxiliary_loss")
 
 DISTANCES = ("pseudo_huber", "l2")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _dispatch  # noqa: F401  (registers the ops)
+from .._dispatch import bind
 from ._checks import check_count, check_like, check_noise_size, check_seed, check_tensor, per_sample
 
-_posterior_sample = torch.ops.fastdiff.posterior_sample.default
-_guided_step = torch.ops.fastdiff.guided_step.default
+_posterior_sample = bind("posterior_sample")
+_guided_step = bind("guided_step")
 
 
 def posterior_sample(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _dispatch  # noqa: F401  (registers the ops)
+from .._dispatch import bind
 from ._checks import check_count, check_like, check_noise_size, check_seed, check_tensor, per_sample
 
-_lcss_noise = torch.ops.fastdiff.lcss_noise.default
-_lcss_perturb = torch.ops.fastdiff.lcss_perturb.default
-_lcss_loss = torch.ops.fastdiff.lcss_loss.default
-_lcss_loss_seeded = torch.ops.fastdiff.lcss_loss_seeded.default
-_denoising_loss = torch.ops.fastdiff.denoising_loss.default
+_lcss_noise = bind("lcss_noise")
+_lcss_perturb = bind("lcss_perturb")
+_lcss_loss = bind("lcss_loss")
+_lcss_loss_seeded = bind("lcss_loss_seeded")
+_denoising_loss = bind("denoising_loss")
 
 
 def lcss_noise(x: Tensor, seed: int | Tensor, *, offset: int = 0) -> Tensor:

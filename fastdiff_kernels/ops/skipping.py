@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import _dispatch  # noqa: F401  (registers the ops)
+from .._dispatch import bind
 from ..reference.skipping import STATE_WIDTH
 from ._checks import check_choice, check_count, check_device, check_like, check_positive, check_tensor
 
-_third_order_skip = torch.ops.fastdiff.third_order_skip.default
-_third_order_difference = torch.ops.fastdiff.third_order_difference.default
-_solver_step = torch.ops.fastdiff.solver_step.default
+_third_order_skip = bind("third_order_skip")
+_third_order_difference = bind("third_order_difference")
+_solver_step = bind("solver_step")
 
 
 def third_order_skip(d0: Tensor, d1: Tensor, d2: Tensor, threshold: float | Tensor) -> Tensor:
