@@ -87,7 +87,9 @@ void attend(const Tangents<T>& tangents, const DualRoom<Acc<T>>& room, int64_t q
     if (tangents.v) multiply<A>({room.columns.logits, 1, n}, room.t_values + k * w, w, room.t_result, w, tiled, count, room.width, more, ahead);
     if (!tangents.of_logits()) continue;
     if (tangents.q) multiply<A>({room.keys + k * w, w, 1}, room.t_turned, n, room.t_logits, n, tiled_keys, width, room.block, false, ahead);
-    if (tangents.k) multiply<A>({room.t_keys + k * w, w, 1}, room.turned, n, room.t_logits, n, tiled_keys, width, room.block, bool(tangents.q), ahead);
+    if (tangents.k) {
+      multiply<A>({room.t_keys + k * w, w, 1}, room.turned, n, room.t_logits, n, tiled_keys, width, room.block, bool(tangents.q), ahead);
+    }
     weigh(room, count, !more);
     multiply<A>({room.t_logits, 1, n}, room.values + k * w, w, room.t_result, w, tiled, count, room.width, more || tangents.v, ahead);
   }
