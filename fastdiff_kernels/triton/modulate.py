@@ -65,7 +65,9 @@ def _most_registers(channels: int, dtype: torch.dtype) -> dict[str, int]:
     """A limit for the forward pass, where the assembler left to itself spills a little to have one program more on a multiprocessor."""
     if dtype == torch.float64:
         return {"maxnreg": 255}
-    return {"maxnreg": 80} if dtype.itemsize == 2 and 5120 < channels <= 6144 else {}
+    if dtype.itemsize == 2 and 5120 < channels <= 6144:
+        return {"maxnreg": 80 if channels % 16 == 0 else 128}
+    return {}
 
 
 def _fills_registers(channels: int, dtype: torch.dtype) -> bool:
