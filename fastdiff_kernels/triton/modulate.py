@@ -7,7 +7,7 @@ shared; `add_rows` then adds what the programs left, in their order. No result d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -61,7 +61,7 @@ def _backward_tile(channels: int, dtype: torch.dtype) -> Tile:
     return _tile(channels, dtype.itemsize, 8 if dtype == torch.float64 else 16, (16, 8), 2)
 
 
-def _most_registers(channels: int, dtype: torch.dtype) -> dict[str, int]:
+def _most_registers(channels: int, dtype: torch.dtype) -> dict[str, Any]:
     """A limit for the forward pass, where the assembler left to itself spills a little to have one program more on a multiprocessor."""
     if dtype == torch.float64:
         return {"maxnreg": 255}
