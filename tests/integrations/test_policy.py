@@ -16,19 +16,18 @@ def measured(op: str, x: torch.Tensor) -> bool:
     return contextvars.Context().run(_policy.pays, op, x)
 
 
-@pytest.mark.parametrize("op", ["norm", "gate", "group_norm_silu"])
+@pytest.mark.parametrize("op", ["norm", "gate", "group_norm_silu", "group_norm"])
 def test_small_tensors_are_left_to_the_host_and_large_ones_are_not(op: str) -> None:
     for gradients in (False, True):
-        least = int(_policy._FROM[op][gradients])
+        least = _policy._FROM[op][gradients]
         assert not measured(op, torch.empty(least - 1, requires_grad=gradients))
         assert measured(op, torch.empty(least, requires_grad=gradients))
     with torch.no_grad():
-        least = int(_policy._FROM[op][False])
+        least = _policy._FROM[op][False]
         assert measured(op, torch.empty(least, requires_grad=True))
 
 
-def test_a_plain_group_norm_is_pytorchs_on_a_cpu_and_ours_elsewhere() -> None:
-    assert not measured("group_norm", torch.empty(1 << 22))
+def test_elsewhere_than_on_a_cpu_size_does_not_matter() -> None:
     assert measured("group_norm", torch.empty(4, device="meta"))
 
 
