@@ -95,12 +95,12 @@ def existing_keys(key_lengths, b, keys):
 
 
 def pieces(width: int) -> tuple[int, int]:
-    """Two powers of two (or one and 0) of at least 16 that hold a row of `width`, with the least padding."""
+    """Two powers of two (or one and 0) that hold a row, with little padding: a tail of 16 beside a head of 128 takes too many registers."""
     whole = max(16, triton.next_power_of_2(width))
     head = whole // 2
     if whole == 16 or width == whole:
         return whole, 0
-    tail = max(16, triton.next_power_of_2(width - head))
+    tail = max(16, whole // 8, triton.next_power_of_2(width - head))
     return (head, tail) if head + tail < whole else (whole, 0)
 
 
