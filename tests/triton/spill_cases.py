@@ -46,7 +46,7 @@ def short(dtype: torch.dtype) -> str:
 
 # Each padding class of a head's width: the width that fills it, and one that does not. Rows that do not begin and end at multiples of 16
 # bytes are copied before they reach a kernel.
-HEAD_WIDTHS = {16: 8, 32: 24, 48: 40, 64: 56, 80: 72, 96: 88, 128: 120, 144: 136, 160: 152, 192: 184, 256: 200}
+HEAD_WIDTHS = {16: 8, 32: 24, 48: 40, 64: 56, 80: 72, 96: 88, 128: 120, 160: 152, 192: 184, 256: 200}
 
 
 def _attention(width, dtype, queries=1000, keys=1000, heads=2, lengths=True, of_lse=True, scale=0.1, kinds=("forward", "backward", "dual"),
