@@ -218,7 +218,7 @@ def gradients(
     sizes = (vector_strides(*vectors), (layout.channel_stride, layout.position_stride), channels, layout.positions, num_groups)
     constants: dict[str, Any] = {
         "SILU": activation is not None, "WIDTH": layout.width, "COUNT": tiles.group_count, "CHANNELS": tiles.channels,
-        "POSITIONS": tiles.positions, "num_warps": tiles.warps, "maxnreg": most_registers(tiles),
+        "POSITIONS": tiles.positions, "num_warps": tiles.warps, "maxnreg": most_registers(tiles, layout, x.dtype),
     }  # fmt: skip
     if tiles.whole:
         launch(_whole_kernel, batch * tiles.channel_blocks, *read_in, *written, *sizes, tiles.channel_blocks, **constants)

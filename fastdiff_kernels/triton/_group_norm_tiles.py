@@ -73,10 +73,13 @@ class Tiles(NamedTuple):
         return triton.cdiv(self.position_blocks, self.run)
 
 
-def most_registers(tiles: Tiles) -> int:
+def most_registers(tiles: Tiles, layout: Layout, dtype: torch.dtype) -> int:
     """Of a thread. Left to itself, ptxas spills a little here and there to fit more programs on a multiprocessor; a tile of one warp may
-    have many channels for its few elements, and their vectors in registers."""
-    return 168 if tiles.warps == 1 else 128
+    have many channels for its few elements, and their vectors in registers; planes that are not aligned take an address an element."""
+    if tiles.warps == 1:
+        return 168
+    many = dtype == torch.float64 or (layout.position_stride == 1 and layout.positions % 16 != 0)
+    return min(255, 2048 // tiles.warps) if many else 128
 
 
 def layout_of(x: Tensor, groups: int) -> Layout:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import compute_dtype, launch, widen
+from ._common import compute_dtype, launch, registers_for, widen
 from ._samples import WARPS, launch_blocks, or_absent, stride, wanted
 from ._sums import BLOCK, BLOCKS_PER_CHUNK, CHUNK, locate, sum_samples
 
@@ -116,6 +116,7 @@ def sim_loss(
         _sim_kernel, batch * chunks, fake.contiguous(), teacher.contiguous(), sample.contiguous(),
         *_preconditioning(noisy, c_skip, c_out), weight, c, stride(weight), stride(c), loss, gap, projection, of_chunks,
         elements, chunks, BLOCK=BLOCK, BLOCKS_PER_CHUNK=BLOCKS_PER_CHUNK, PSEUDO_HUBER=pseudo_huber, num_warps=WARPS,
+        **registers_for(fake),
     )  # fmt: skip
     if of_chunks is not None:
         launch(

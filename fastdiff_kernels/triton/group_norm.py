@@ -172,7 +172,7 @@ def group_norm_silu(
     extent = (layout.channels, layout.positions, num_groups, tiles.channel_blocks)
     constants: dict[str, Any] = {
         "WIDTH": layout.width, "COUNT": tiles.group_count, "CHANNELS": tiles.channels, "POSITIONS": tiles.positions,
-        "num_warps": tiles.warps, "maxnreg": most_registers(tiles),
+        "num_warps": tiles.warps, "maxnreg": most_registers(tiles, layout, x.dtype),
     }  # fmt: skip
     written = (y, mean, inverse_deviation, vector_strides(*vectors), strides, *extent)
     silu = activation is not None

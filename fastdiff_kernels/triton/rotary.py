@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -327,6 +327,11 @@ class Warps(NamedTuple):
     warps: int
 
 
+def _most_registers(plan: _Plan, warps: int) -> dict[str, Any]:
+    """A limit for the backward pass: ptxas left to itself spills a little of whole tokens to have one program more on a multiprocessor."""
+    return {"maxnreg": min(255, 2048 // warps)} if plan.order == "whole" else {}
+
+
 def _warps(kernel: str, q: Tensor, plan: _Plan) -> int:
     size = plan.rows * plan.block
     return tuned(f"rotary {kernel}, {plan.order}", capability(q), q.dtype, size, Warps(max(1, min(16, size // 256)))).warps
@@ -410,11 +415,13 @@ def _backward(
         None if weight is None or not need else weight.new_empty((programs, weight.numel()), dtype=compute_dtype(q))
         for weight, programs, need in ((q_weight, q_programs, needs[3]), (k_weight, k_programs, needs[4]))
     ]
+    warps = _warps("backward", q, plan)
     launch(
         _backward_kernel, q_programs + k_programs * (1 if v is None else 2),
         *upstream, *inputs, *_dense(q_weight, k_weight), cos, sin, *found, *partial,
         *grad_strides, *strides, *angle_strides, q.shape[1], k.shape[1], q_tiles, k_tiles, tiles_each, q_programs, k_programs,
-        PLAN=plan, LAYOUT=layout, GRADS=grad_layout, ANGLES=angles, num_warps=_warps("backward", q, plan),
+        PLAN=plan, LAYOUT=layout, GRADS=grad_layout, ANGLES=angles, num_warps=warps,
+        **_most_registers(plan, warps),
     )  # fmt: skip
     totals = [None if p is None or w is None else w.new_empty(w.shape) for p, w in zip(partial, (q_weight, k_weight), strict=True)]
     for p, total in zip(partial, totals, strict=True):

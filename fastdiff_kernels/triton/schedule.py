@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import launch, widen
+from ._common import launch, registers_for, widen
 from ._sums import locate, sum_samples
 
 
@@ -44,7 +44,7 @@ def incremental_cost(x: Tensor, raw_low: Tensor, raw_high: Tensor, sigma_low: Te
     """See fastdiff_kernels.ops.incremental_cost. Compiled once for every sigma_data, which as an argument would be rounded to float32."""
     inputs = (x.contiguous(), raw_low.contiguous(), raw_high.contiguous())
     strides = tuple(0 if sigma.numel() == 1 else sigma.stride(0) for sigma in (sigma_low, sigma_high))
-    return sum_samples(_cost_kernel, inputs, 1, sigma_low, sigma_high, *strides, SIGMA_DATA=sigma_data)[0]
+    return sum_samples(_cost_kernel, inputs, 1, sigma_low, sigma_high, *strides, SIGMA_DATA=sigma_data, **registers_for(x))[0]
 
 
 @triton.jit

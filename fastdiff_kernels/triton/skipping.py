@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.skipping import STATE_WIDTH
-from ._common import launch, widen
+from ._common import launch, registers_for, widen
+from ._samples import WARPS
 from ._sums import BLOCK, BLOCKS_PER_CHUNK, CHUNK, locate, sum_samples
 
 
@@ -60,7 +61,7 @@ def third_order_difference(x0: Tensor, x1: Tensor, x2: Tensor, x3: Tensor) -> tu
     if x0.numel() == 0:
         means = x0.new_full(x0.shape[:1], torch.nan, dtype=torch.float64 if x0.dtype == torch.float64 else torch.float32)
         return means, means.clone()
-    third, last = sum_samples(_difference_kernel, latents, 2, divisor=x0.numel() // x0.shape[0])
+    third, last = sum_samples(_difference_kernel, latents, 2, divisor=x0.numel() // x0.shape[0], num_warps=WARPS, **registers_for(x0))
     return third, last
 
 
@@ -249,7 +250,7 @@ def solver_step(
     sizes = (elements, chunks, STATE_WIDTH if per_sample else 0)
     launch(
         _step_kernel, batch * chunks, *dense, following, noise, used, third, last, *sizes, *numbers,
-        FROM_X=kept > 0.5, DECIDES=decides, BLOCK=BLOCK, BLOCKS_PER_CHUNK=BLOCKS_PER_CHUNK,
+        FROM_X=kept > 0.5, DECIDES=decides, BLOCK=BLOCK, BLOCKS_PER_CHUNK=BLOCKS_PER_CHUNK, num_warps=WARPS, maxnreg=128,
     )  # fmt: skip
     if state is not None:
         pooled = 1 if per_sample else batch
