@@ -67,7 +67,7 @@ class Measured:
 
 
 FIELDS = (*(f.name for f in fields(Provenance)), *(f.name for f in fields(Row)))
-# What libraries raise for a call that they do not take.
+# What libraries raise for a call that they do not take; the provider is then left out and named with the reason.
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError)
 
 
