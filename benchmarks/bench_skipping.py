@@ -1,17 +1,18 @@
-"""Criteria of AdaptiveDiffusion, and the solver step that ends in one, on latents of Stable Diffusion's size and on 256 x 256 pixels."""
+"""Criteria of AdaptiveDiffusion, and ten solver steps that end in one, on latents of Stable Diffusion's size and on 256 x 256 pixels."""
 
 from __future__ import annotations
 
-import functools
+from itertools import pairwise
 
 import torch
 
 from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
-from fastdiff_kernels.reference.skipping import D2, REUSE, STATE_WIDTH
+from fastdiff_kernels.reference.skipping import CAP_FREE_ENTRIES, REUSE, STATE_WIDTH, WARM_UP_STEPS
 
 SHAPES = {"SD": (2, 4, 64, 64), "SD x 16": (16, 4, 64, 64), "pixels": (4, 3, 256, 256)}
-SIGMA, SIGMA_NEXT, GUIDANCE, THRESHOLD, EARLIER = 2.0, 1.5, 5.0, 0.01, 0.7
+LEVELS = [2.0 - 0.1 * k for k in range(11)]
+GUIDANCE, THRESHOLD, MAX_SKIP = 5.0, 0.01, 4
 
 
 def normals(count, shape):
@@ -30,62 +31,74 @@ def ours_skip(d0, d1, d2):
     return ops.third_order_skip(d0, d1, d2, THRESHOLD).to(d0.dtype)
 
 
-def published_step(x, cond, uncond):
+def published_steps(x, cond, uncond):
     """Guidance, an Euler step, the mean change and the test on it, whose outcome the host needs: call by call as published.
 
     The published pipeline predicts noise, which costs its Euler step one more pass than the denoised samples here.
     """
-    denoised = uncond + GUIDANCE * (cond - uncond)
-    derivative = (x - denoised) / SIGMA
-    following = x + derivative * (SIGMA_NEXT - SIGMA)
-    change = (following - x).abs().mean()
-    reuse = bool(((change + EARLIER) / 2 - EARLIER).abs() <= THRESHOLD * EARLIER)
-    return following, derivative, change.reshape(1), torch.tensor([float(reuse)])
+    changes, reuses = [], []
+    for sigma, following in pairwise(LEVELS):
+        denoised = uncond + GUIDANCE * (cond - uncond)
+        noise = (x - denoised) / sigma
+        x = stepped(x, noise, following - sigma, changes, reuses)
+    return x, noise, torch.tensor(reuses)
 
 
-@functools.cache
-def earlier_state(device):
-    """What the step before handed on, as the published one has its changes from it."""
-    return torch.full((1, STATE_WIDTH), EARLIER, dtype=torch.float64, device=device)
+def held_steps(x, noise):
+    """Reused steps: the held prediction's Euler step and the test."""
+    changes, reuses = [], []
+    for sigma, following in pairwise(LEVELS):
+        x = stepped(x, noise, following - sigma, changes, reuses)
+    return x, torch.tensor(reuses)
 
 
-def our_step(x, cond, uncond):
-    rule = {"state": earlier_state(x.device), "mode": "official", "threshold": THRESHOLD}
-    step = ops.solver_step(x, SIGMA, SIGMA_NEXT, denoised=cond, uncond=uncond, guidance=GUIDANCE, keep_noise=True, **rule)
-    return step.x_next, step.noise, *decision(step.state)
+def stepped(x, noise, span, changes, reuses):
+    following = x + noise * span
+    changes.append((following - x).abs().mean())
+    reuse = False
+    if len(changes) >= WARM_UP_STEPS:
+        d0, d1, d2 = changes[-3:]
+        capped = len(changes) - WARM_UP_STEPS > CAP_FREE_ENTRIES and all(reuses[-MAX_SKIP:])
+        reuse = bool(((d0 + d2) / 2 - d1).abs() <= THRESHOLD * d1) and not capped
+    reuses.append(float(reuse))
+    return following
 
 
-def decision(state):
-    """The last change, and whether the host has the next step reuse."""
-    reuse = state.tolist()[0][REUSE]
-    return state[:, D2], torch.tensor([reuse])
+def our_steps(x, cond, uncond):
+    return ours(x, keep_noise=True, denoised=cond, uncond=uncond, guidance=GUIDANCE)
 
 
-def held_step(x, noise):
-    """A reused step: the held prediction's Euler step and the test."""
-    following = x + noise * (SIGMA_NEXT - SIGMA)
-    change = (following - x).abs().mean()
-    reuse = bool(((change + EARLIER) / 2 - EARLIER).abs() <= THRESHOLD * EARLIER)
-    return following, change.reshape(1), torch.tensor([float(reuse)])
+def our_held_steps(x, noise):
+    x, _, reuses = ours(x, newest=noise)
+    return x, reuses
 
 
-def our_held_step(x, noise):
-    rule = {"state": earlier_state(x.device), "mode": "official", "threshold": THRESHOLD}
-    step = ops.solver_step(x, SIGMA, SIGMA_NEXT, newest=noise, **rule)
-    return step.x_next, *decision(step.state)
+def ours(x, **prediction):
+    state, reuses = torch.zeros(1, STATE_WIDTH, dtype=torch.float64, device=x.device), []
+    for sigma, following in pairwise(LEVELS):
+        x, noise, _, state = ops.solver_step(
+            x, sigma, following, state=state, mode="official", threshold=THRESHOLD, max_skip=MAX_SKIP, **prediction
+        )
+        reuses.append(state.tolist()[0][REUSE])
+    return x, noise, torch.tensor(reuses)
 
 
-# Name: inputs, eager, ours, whether a call can be compiled and captured: not where the host reads the decision.
-OPS = {
-    "third_order_difference": (4, difference, ops.third_order_difference, True),
-    "solver_step": (3, published_step, our_step, False),
-    "solver_step reused": (2, held_step, our_held_step, False),
-}
+def workload(op, network, shape, inputs, eager, ours):
+    """Of an op that is called step by step, with the host reading each step's decision: neither compiled nor captured."""
+    return Workload(
+        op, network, "x".join(map(str, shape)) + f", {len(LEVELS) - 1} steps", normals(inputs, shape), eager, ours,
+        factor=8.0, compiled=False, captured=False, streams=False,
+    )  # fmt: skip
+
 
 WORKLOADS = [
-    Workload(name, network, shape, normals(count, shape), eager, ours, factor=8.0, compiled=compiled, captured=compiled)
+    one
     for network, shape in SHAPES.items()
-    for name, (count, eager, ours, compiled) in OPS.items()
+    for one in (
+        Workload("third_order_difference", network, shape, normals(4, shape), difference, ops.third_order_difference, factor=8.0),
+        workload("solver_step", network, shape, 3, published_steps, our_steps),
+        workload("solver_step reused", network, shape, 2, held_steps, our_held_steps),
+    )
 ] + [Workload("third_order_skip", "decisions", (64,), lambda: [torch.rand(64) for _ in range(3)], skip, ours_skip)]
 
 

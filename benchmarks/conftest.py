@@ -12,7 +12,7 @@ from fastdiff_kernels._registry import OPS
 from .harness import RESULTS, Session, measured
 from .provenance import device_name
 from .rivals import absent
-from .workloads import Case, cases
+from .workloads import Case, cases, quick
 
 _SESSION = pytest.StashKey[Session]()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,20 +27,28 @@ def pytest_addoption(parser):
         "--save-rows", nargs="?", const=str(usual), metavar="FILE", help="append the rows to this file (benchmarks/results/rows.csv)"
     )
     group.addoption("--resume", action="store_true", help="with --save-rows: leave out the cases that the file has rows for")
-    group.addoption("--quick", action="store_true", help="a quarter of a second for a case instead of two seconds")
+    group.addoption("--seconds", type=float, metavar="S", help="for a case, all its providers together; 2 by default")
+    group.addoption("--quick", action="store_true", help="a quarter of a second for a case, and one network of those of a like size")
     group.addoption("--network", action="append", default=[], help="only workloads of this network, for instance DiT-XL/2")
     group.addoption("--dtype", action="append", default=[], choices=DTYPES, help=f"default: {USUAL[DEVICE][0]} on this machine")
     group.addoption("--max-autotune", action="store_true", help="torch.compile(mode='max-autotune') as one more provider")
 
 
 def pytest_configure(config):
-    config.stash[_SESSION] = Session(DEVICE, 0.25 if config.getoption("--quick") else 2.0)
+    seconds = config.getoption("--seconds")
+    if seconds is None:
+        seconds = 0.25 if config.getoption("--quick") else 2.0
+    if not 0 < seconds < float("inf"):
+        raise pytest.UsageError(f"--seconds must be a finite number above 0; got {seconds}")
+    config.stash[_SESSION] = Session(DEVICE, seconds)
 
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         networks, dtypes = (metafunc.config.getoption(name) for name in ("--network", "--dtype"))
         chosen = [w for w in metafunc.module.WORKLOADS if not networks or w.network in networks]
+        if metafunc.config.getoption("--quick") and not networks:
+            chosen = [w for w in chosen if quick(w)]
         found = cases(chosen, [DTYPES[name] for name in dtypes or USUAL[DEVICE]])
         if metafunc.config.getoption("--resume"):
             done = _measured(metafunc.config)

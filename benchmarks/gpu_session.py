@@ -45,13 +45,13 @@ class Piece:
 def pieces(out: Path) -> list[Piece]:
     """All there is to do, most wanted first."""
     python = sys.executable
-    quick = (python, "-m", "pytest", "--quick")
+    brief = (python, "-m", "pytest", "--seconds=0.25")
     test = (python, "-m", "pytest", "-q", "-m", "gpu")
     sanitize = ("compute-sanitizer", "--error-exitcode", "9", *test, "tests/test_gpu.py", "-k", "two_runs and -0-")
 
     def bench(*chosen: str) -> tuple[str, ...]:
         # Many minutes where shapes are many: what a piece that was cut off has measured is not measured again.
-        return (*quick, *chosen, f"--save-rows={out / 'rows.csv'}", "--resume")
+        return (*brief, *chosen, f"--save-rows={out / 'rows.csv'}", "--resume")
 
     return [
         Piece("environment", (python, "-m", "fastdiff_kernels.cli", "doctor")),
@@ -66,7 +66,7 @@ def pieces(out: Path) -> list[Piece]:
         Piece("bench_float16", bench("benchmarks", "--dtype=float16")),
         Piece(
             "bench_max_autotune",
-            (*quick, "benchmarks", "--network=DiT-XL/2", "--max-autotune", f"--save-rows={out / 'max_autotune.csv'}", "--resume"),
+            (*brief, "benchmarks", "--network=DiT-XL/2", "--max-autotune", f"--save-rows={out / 'max_autotune.csv'}", "--resume"),
         ),
     ]
 

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 MODES = ("forward", "fwd+bwd")
+# What `--quick` measures: every op, at one network of those of a like size.
+QUICK = (
+    "DiT-XL/2", "DiT-S/2", "DiT", "EDM", "EDM-16", "EDM2", "SD", "SD-U-Net",
+    "CIFAR-10", "64 px", "digits", "pchip", "linear", "decisions", "sweep",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,11 @@ class Workload:
     compiled: bool = True
     """Whether eager can be compiled."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quick(w: Workload) -> bool:
+    """Whether `--quick` measures it."""
+    return any(w.network == name or w.network.startswith(f"{name} ") for name in QUICK)
 
 
 @dataclass(frozen=True)

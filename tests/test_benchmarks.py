@@ -18,8 +18,9 @@ from benchmarks.harness import FIELDS, Session, WrongResult, measured
 from benchmarks.memory import peak_bytes
 from benchmarks.provenance import device_name
 from benchmarks.timing import Times
-from benchmarks.workloads import Case, Variant, Workload, cases
+from benchmarks.workloads import QUICK, Case, Variant, Workload, cases, quick
 from fastdiff_kernels import ops
+from fastdiff_kernels._registry import OPS
 
 ROOT = Path(__file__).parents[1]
 BENCHES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
@@ -275,6 +276,22 @@ def test_rows_have_every_column_that_is_promised(tmp_path):
     assert ours.peak_mb > 0
     assert ours.launch_bound is False, "there are no launches on a CPU"
     assert ours.s_per_1000 is None
+
+
+def test_a_quick_run_measures_every_op():
+    everything = [w for name in BENCHES for w in importlib.import_module(f"benchmarks.{name}").WORKLOADS]
+    chosen = [w for w in everything if quick(w)]
+    assert {w.op for w in chosen} & OPS.keys() == {w.op for w in everything} & OPS.keys()
+    assert len(chosen) < len(everything)
+    unknown = [name for name in QUICK if not any(w.network == name or w.network.startswith(f"{name} ") for w in everything)]
+    assert unknown == []
+
+
+def test_seconds_must_be_above_zero():
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/bench_sweeps.py", "--collect-only", "--seconds=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--seconds must be a finite number above 0; got 0.0" in done.stderr
 
 
 def test_a_gpu_session_goes_on_where_it_was_cut_off(tmp_path):
