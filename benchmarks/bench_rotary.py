@@ -76,6 +76,10 @@ def parts(packed, dim):
     return packed.unbind(dim) if dim == 2 else [x.permute(0, 3, 1, 2) for x in packed.unbind(dim)]
 
 
+def packed_pixel_norm(packed):
+    return packed / (1e-4 + packed.square().mean(-1, keepdim=True).sqrt())
+
+
 def norm_workload(network, shape, norm, rope, whole=False):
     libraries = rivals.of("rms_norm", lambda part: composed(rope, part)) if norm == "rms" else {}
     # Inductor sums the weights' gradients over thousands of tokens in one chain, some twenty times less exactly than eager.
@@ -107,9 +111,13 @@ WORKLOADS = [
     norm_workload(PIXART_NAME, PIXART, "layer", None, whole=True),
     norm_workload("Wan", WAN, "rms", "interleaved", whole=True),
     *([norm_workload("Flux", (1, 4608, 24, 128), "rms", "interleaved")] if GPU else []),
+    Workload(
+        "pixel_norm", "EDM2", EDM2, lambda: [torch.randn(EDM2[0], EDM2[1], 3 * EDM2[2], EDM2[3])],
+        packed_pixel_norm, ops.pixel_norm, gradients=(0,), factor=8.0,
+    ),
     pixel_workload("EDM2", EDM2, 2),
     pixel_workload("EDM2", EDM2, 3),
-]
+]  # fmt: skip
 
 
 def test_speed(case, measure):

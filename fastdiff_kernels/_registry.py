@@ -244,6 +244,10 @@ _TABLE = (
         size=_tokens_and_heads,
     ),
     Op(
+        "pixel_norm", "rotary", "(Tensor x, float eps) -> Tensor", _R.rotary.pixel_norm, _like_first, ("cpu", "triton"),
+        differentiable=("x",), flops=_per_element(4), size=_tokens_and_heads,
+    ),
+    Op(
         "attention", "attention", "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> (Tensor, Tensor)",
         _R.attention.attention, _attended, ("cpu", "triton", "sdpa"),
         differentiable=("q", "k", "v"), saved=(0, 1), optional_grads=True, dual="attention_dual",

@@ -369,6 +369,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward
   return {grad_q, grad_k, q_sums.total(q, q_weight), k_sums.total(k, k_weight), absent(q), absent(q)};
 }
 
+Tensor pixel_norm(const Tensor& x, double eps) {
+  const Tensor out = empty_as(x);
+  dispatch(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Rotation<T> none{Table<Acc<T>>(std::nullopt), Table<Acc<T>>(std::nullopt)};
+    const Job<T> job{TokensOf<T>(x), write<T>(out)};
+    run_forward(x, &job, 1, none, Norm("pixel", "half", eps));
+  });
+  return out;
+}
+
+Tensor pixel_norm_backward(const Tensor& grad, const Tensor& x, double eps, std::vector<bool>) {
+  const Tensor found = empty_as(x);
+  dispatch(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Rotation<T> none{Table<Acc<T>>(std::nullopt), Table<Acc<T>>(std::nullopt)};
+    const Job<T> job{TokensOf<T>(x), write<T>(found), nullptr, TokensOf<T>(grad)};
+    run_backward(x, &job, 1, none, Norm("pixel", "half", eps));
+  });
+  return found;
+}
+
 std::tuple<Tensor, Tensor, Tensor> qkv_pixel_norm(const Tensor& q, const Tensor& k, const Tensor& v, double eps) {
   const Tensor out[] = {empty_as(q), empty_as(k), empty_as(v)};
   dispatch(q.scalar_type(), [&](auto tag) {
@@ -407,6 +429,8 @@ FASTDIFF_CPU_KERNELS(m) {
   using namespace fastdiff::FASTDIFF_VARIANT;
   m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
   m.impl("qk_norm_rope_backward", TORCH_BOX(&qk_norm_rope_backward));
+  m.impl("pixel_norm", TORCH_BOX(&pixel_norm));
+  m.impl("pixel_norm_backward", TORCH_BOX(&pixel_norm_backward));
   m.impl("qkv_pixel_norm", TORCH_BOX(&qkv_pixel_norm));
   m.impl("qkv_pixel_norm_backward", TORCH_BOX(&qkv_pixel_norm_backward));
 }

@@ -4,7 +4,7 @@ from .attention import attention, attention_dual, attention_packed
 from .distillation import moment_matching_auxiliary_loss, moment_matching_loss, sim_loss
 from .group_norm import group_norm_silu
 from .modulate import gate_residual, gate_residual_norm_modulate, layer_norm_modulate, rms_norm_modulate
-from .rotary import qk_norm_rope, qkv_pixel_norm
+from .rotary import pixel_norm, qk_norm_rope, qkv_pixel_norm
 from .sampling import guided_step, posterior_sample
 from .schedule import incremental_cost, integrate_schedule
 from .score_matching import denoising_loss, lcss_loss, lcss_noise, lcss_perturb
@@ -28,6 +28,7 @@ __all__ = [
     "lcss_perturb",
     "moment_matching_auxiliary_loss",
     "moment_matching_loss",
+    "pixel_norm",
     "posterior_sample",
     "qk_norm_rope",
     "qkv_pixel_norm",

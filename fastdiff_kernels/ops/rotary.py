@@ -9,6 +9,7 @@ from .._dispatch import bind
 from ._checks import check_choice, check_companion_dtype, check_device, check_like, check_positive, check_tensor
 
 _qk_norm_rope = bind("qk_norm_rope")
+_pixel_norm = bind("pixel_norm")
 _qkv_pixel_norm = bind("qkv_pixel_norm")
 
 NORMS = ("rms", "layer", "rms_heads", "layer_heads", "pixel", None)
@@ -63,8 +64,34 @@ def qk_norm_rope(
     return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, norm, rope, check_positive(op, "eps", eps))
 
 
+def pixel_norm(x: Tensor, *, eps: float = 1e-4) -> Tensor:
+    """x / (eps + sqrt(mean(x^2))) over each head: the pixel norm of EDM2 (arXiv 2312.02696, section 2).
+
+    One projection [B, N, 3, H, D] is normalised at once as 3 H heads, `pixel_norm(packed.flatten(2, 3))`, which `attention_packed` takes
+    in turn; a feature map over its channels as [B, H W, 1, C].
+
+    Args:
+        x: [B, N, H, D], float32, bfloat16, float16 or float64, any strides.
+        eps: greater than 0.
+
+    Returns:
+        [B, N, H, D] contiguous, x's dtype. Differentiable in x; at a head of zeros the slope is 1 / eps.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    op = "pixel_norm"
+    check_tensor(op, "x", x, dims=4)
+    if min(x.shape[2:]) < 1:
+        raise ValueError(f"{op}: x must have at least one head and one channel a head; got shape {tuple(x.shape)}")
+    return _pixel_norm(x, check_positive(op, "eps", eps))
+
+
 def qkv_pixel_norm(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-4) -> tuple[Tensor, Tensor, Tensor]:
     """x / (eps + sqrt(mean(x^2))) over each head, for x = q, k and v: the pixel norm of EDM2's attention (arXiv 2312.02696, section 2).
+
+    Three tensors in, three gradients out: where q, k and v are parts of one projection [B, N, 3, H, D], PyTorch stacks these again, which
+    `pixel_norm` of the whole spares.
 
     Args:
         q: [B, N, H, D], float32, bfloat16, float16 or float64, any strides: parts of one packed projection [B, N, 3, H, D] or, tokens

@@ -54,7 +54,11 @@ def qk_norm_rope(
     return outputs[0], outputs[1]
 
 
+def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
+    """x / (eps + sqrt(mean(x^2) over the last dimension))."""
+    return _normalise(x.to(compute_dtype(x)), None, "pixel", eps).to(x.dtype)
+
+
 def qkv_pixel_norm(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor, Tensor]:
-    """Each of q, k, v [B, N, H, D]: x / (eps + sqrt(mean(x^2) over D))."""
-    outputs = [_normalise(x.to(compute_dtype(x)), None, "pixel", eps).to(x.dtype) for x in (q, k, v)]
-    return outputs[0], outputs[1], outputs[2]
+    """pixel_norm of each of q, k, v [B, N, H, D]."""
+    return pixel_norm(q, eps), pixel_norm(k, eps), pixel_norm(v, eps)

@@ -448,6 +448,16 @@ def qk_norm_rope_backward(
     return of_q, of_k, of_q_weight, of_k_weight, absent(q), absent(q)
 
 
+def pixel_norm(x: Tensor, eps: float) -> Tensor:
+    # As queries without keys.
+    return _forward(x, x[:, :0], None, None, None, None, None, "pixel", "half", eps)[0]
+
+
+def pixel_norm_backward(grad: Tensor, x: Tensor, eps: float, needs: Sequence[bool]) -> Tensor:
+    wanted = [needs[0], False, False, False, False]
+    return _backward((grad, grad[:, :0]), x, x[:, :0], None, None, None, None, None, "pixel", "half", eps, wanted)[0]
+
+
 def qkv_pixel_norm(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, ...]:
     return _forward(q, k, v, None, None, None, None, "pixel", "half", eps)
 

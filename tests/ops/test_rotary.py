@@ -266,22 +266,28 @@ def pixel_norm(*qkv):
     return ops.qkv_pixel_norm(*qkv, eps=EPS)
 
 
+def each_pixel_norm(*qkv):
+    return tuple(ops.pixel_norm(x, eps=EPS) for x in qkv)
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("shape", [(2, 9, 3, 72), (1, 70, 1, 256), (3, 5, 2, 7), (0, 4, 2, 8), (2, 0, 2, 8)])
 def test_pixel_norm_is_as_accurate_as_eager(shape, dtype):
     qkv = [torch.randn(shape, requires_grad=True) for _ in range(3)]
     assert_accurate(pixel_norm, eager_pixel_norm, qkv, dtype)
+    assert_accurate(each_pixel_norm, eager_pixel_norm, qkv, dtype)
     shorter = [qkv[0], *(x.detach()[:, :3].requires_grad_() for x in qkv[1:])]
     assert_accurate(pixel_norm, eager_pixel_norm, shorter, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_pixel_norm_reads_projections_in_place(dtype):
+@pytest.mark.parametrize("op", [pixel_norm, each_pixel_norm])
+def test_pixel_norm_reads_projections_in_place(op, dtype):
     qkv = torch.randn(3, 2, 70, 3, 40).to(dtype)
 
     def results(parts):
         leaves = [p.detach().requires_grad_() for p in parts]
-        outputs = pixel_norm(*leaves)
+        outputs = op(*leaves)
         return (*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, [torch.cos(o.detach()) for o in outputs]))
 
     expected = results(qkv)
@@ -292,6 +298,18 @@ def test_pixel_norm_reads_projections_in_place(dtype):
     assert_bitwise(results([x.permute(0, 3, 1, 2) for x in tokens_inside.unbind(3)]), expected)
     assert_independent_of_threads(lambda: results(packed.unbind(2)))
     assert_independent_of_batch(lambda *parts: results(parts), *qkv)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_one_projection_is_normalised_at_once(dtype):
+    packed = torch.randn(2, 70, 3, 2, 40).to(dtype).requires_grad_()
+    upstream = torch.randn(2, 70, 3, 2, 40).to(dtype)
+
+    def results(outputs):
+        return outputs.detach(), torch.autograd.grad(outputs, packed, upstream)[0]
+
+    at_once = ops.pixel_norm(packed.flatten(2, 3), eps=EPS).view_as(packed)
+    assert_bitwise(results(at_once), results(torch.stack(pixel_norm(*packed.unbind(2)), 2)))
 
 
 def test_pixel_norm_gives_heads_of_mean_square_one():
@@ -361,6 +379,13 @@ REFUSED = {
         TypeError,
         "v must have the dtype of k, torch.float32; got torch.float16",
     ),
+    "pixel-one-dims": (lambda: ops.pixel_norm(Q[0]), ValueError, "pixel_norm: x must have 4 dimensions"),
+    "pixel-one-empty": (
+        lambda: ops.pixel_norm(Q[:, :, :0]),
+        ValueError,
+        "pixel_norm: x must have at least one head and one channel a head",
+    ),
+    "pixel-one-eps": (lambda: ops.pixel_norm(Q, eps=-1), ValueError, "pixel_norm: eps must be finite and greater than 0; got -1"),
     "pixel-eps": (lambda: ops.qkv_pixel_norm(Q, Q, Q, eps=0), ValueError, "eps must be finite and greater than 0; got 0"),
     "eps": (lambda: ops.qk_norm_rope(Q, Q, eps=-1.0), ValueError, "eps must be finite and greater than 0; got -1"),
 }

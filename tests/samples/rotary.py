@@ -29,4 +29,9 @@ def _qkv_pixel_norm(dtype, device):
     return [(q, k, v, EPS), (q.contiguous(), k[:, :2].contiguous(), v[:, :2].contiguous(), EPS)]
 
 
-SAMPLES = {"qk_norm_rope": _qk_norm_rope, "qkv_pixel_norm": _qkv_pixel_norm}
+def _pixel_norm(dtype, device):
+    x = torch.randn(B, 3, N, H, D, generator=torch.Generator().manual_seed(19), dtype=torch.float64).to(device, dtype)
+    return [(x.transpose(1, 2).flatten(2, 3), EPS), (x[:, 1], EPS)]
+
+
+SAMPLES = {"qk_norm_rope": _qk_norm_rope, "pixel_norm": _pixel_norm, "qkv_pixel_norm": _qkv_pixel_norm}

@@ -45,18 +45,22 @@ def defined(name, args, upstream, differentiable, dtype=None):
     """Outputs and gradients of the definition, with every tensor in dtype or, for None, as it is."""
     given = [a.detach().to(dtype or a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
     leaves = [a.requires_grad_() for a in given[:differentiable] if a is not None]
-    outputs = getattr(definition, name)(*given)
+    outputs = several(getattr(definition, name)(*given))
     grads = torch.autograd.grad(outputs, leaves, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
     return [*(o.detach() for o in outputs), *grads]
 
 
 def launched(name, args, upstream, differentiable, extra=()):
     """Outputs and gradients of the kernels."""
-    outputs = getattr(rotary, name)(*args)
+    outputs = several(getattr(rotary, name)(*args))
     needs = [a is not None for a in args[:differentiable]]
-    grads = getattr(rotary, f"{name}_backward")(*upstream, *args, [*needs, *extra])
+    grads = several(getattr(rotary, f"{name}_backward")(*upstream, *args, [*needs, *extra]))
     assert all(g.numel() == 0 for g, need in zip(grads, (*needs, *extra), strict=True) if not need)
     return [*outputs, *(g for g, need in zip(grads, (*needs, *extra), strict=True) if need)]
+
+
+def several(result):
+    return (result,) if isinstance(result, torch.Tensor) else result
 
 
 def upstream_of(tensors):
@@ -65,7 +69,7 @@ def upstream_of(tensors):
 
 def check(args, name="qk_norm_rope", differentiable=4, extra=(False, False)):
     """Outputs and gradients are contiguous and as near the float64 truth as the definition's in the same dtype."""
-    upstream = upstream_of(args[: 3 if name == "qkv_pixel_norm" else 2])
+    upstream = upstream_of(args[: {"qk_norm_rope": 2, "qkv_pixel_norm": 3, "pixel_norm": 1}[name]])
     results = (
         launched(name, args, upstream, differentiable, extra),
         defined(name, args, upstream, differentiable),
@@ -148,6 +152,7 @@ def test_pixel_norm_of_queries_keys_and_values(shape, dtype, layout, device):
     q, k, v = (x.to(dtype) for x in projection(*shape, device, layout))
     check((q, k, v, EPS), "qkv_pixel_norm", 3, ())
     check((q, k[:, :3], v[:, :3], EPS), "qkv_pixel_norm", 3, ())
+    check((q, EPS), "pixel_norm", 1, ())
 
 
 @pytest.mark.executes

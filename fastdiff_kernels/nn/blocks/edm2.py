@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..._checks import check_number, check_positive
 from .._checks import feature_map
 from .._policy import apply, check_policy
-from ._parts import check_heads, pixels, split_heads
+from ._parts import check_heads, pixels
 
 
 class MagnitudePreservingLinear(nn.Module):
@@ -86,9 +86,9 @@ class EDM2AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W], contiguous or channels_last -> [B, C, H, W] of x's dtype and layout."""
         feature_map(x, self.qkv.in_features)
-        q, k, v = split_heads(self.qkv(pixels(x)), 3, self.num_heads)  # [B, N, heads, D] each
-        q, k, v = apply(self.policy, "qkv_pixel_norm", q, k, v, eps=self.eps)
-        attended = apply(self.policy, "attention", q, k, v).flatten(2)  # [B, N, C]
+        packed = self.qkv(pixels(x)).unflatten(2, (3 * self.num_heads, -1))  # [B, N, 3 heads, D]
+        packed = apply(self.policy, "pixel_norm", packed, eps=self.eps).unflatten(2, (3, self.num_heads))  # [B, N, 3, heads, D]
+        attended = apply(self.policy, "attention_packed", packed).flatten(2)  # [B, N, C]
         norm = math.hypot(1 - self.balance, self.balance)
         # The weight takes the branch's share of the sum, which spares a pass over the branch.
         branch = self.out(attended, gain=self.balance / norm).transpose(1, 2).reshape(x.shape).to(x.dtype)
