@@ -328,8 +328,9 @@ class Warps(NamedTuple):
 
 
 def _most_registers(plan: _Plan, warps: int) -> dict[str, Any]:
-    """A limit for the backward pass: ptxas left to itself spills a little of whole tokens to have one program more on a multiprocessor."""
-    return {"maxnreg": min(255, 2048 // warps)} if plan.order == "whole" else {}
+    """A limit for the backward pass of whole tokens and of centred heads, of which ptxas left to itself spills a little to have one program
+    more on a multiprocessor."""
+    return {"maxnreg": min(255, 2048 // warps)} if plan.order == "whole" or plan.norm == "layer" else {}
 
 
 def _warps(kernel: str, q: Tensor, plan: _Plan) -> int:
