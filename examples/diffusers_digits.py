@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from fastdiff_kernels.demo.data import load_digits
 from fastdiff_kernels.diffusion import Schedule, optimize_schedule, sample
@@ -57,11 +58,9 @@ def main(out: Path, train: int = 1500, distil: int = 400, channels: int = 32, ba
     model = unet(data.shape[-1], channels)
     print(patch(model))
     trainer = ScoreTrainer(as_denoiser(model, ddpm, sigma_data=0.5), learning_rate=1e-3)
-    for step in range(train):
+    for _ in (bar := tqdm(range(train), "training", dynamic_ncols=True)):
         rows = torch.randint(len(data), (batch,))
-        loss = trainer.step(data[rows])["loss"]
-        if step % 100 == 0:
-            print(f"training, step {step}: loss {loss:.3f}")
+        bar.set_postfix(loss=f"{trainer.step(data[rows])['loss']:.3f}", refresh=False)
 
     teacher, noise = trainer.generator, torch.randn(10, *data.shape[1:])
     schedule = optimize_schedule(teacher, data, steps, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, knots=64, batch_size=16)
@@ -70,10 +69,8 @@ def main(out: Path, train: int = 1500, distil: int = 400, channels: int = 32, ba
         "optimised": sample(teacher, noise, schedule).samples,
     }
     sim = SIMDistiller(teacher, sample_shape=tuple(data.shape[1:]), sigma_init=SIGMA_INIT, learning_rate=2e-4)
-    for step in range(distil):
-        metrics = sim.step(batch)
-        if step % 100 == 0:
-            print(f"distillation, step {step}: gap {metrics['gap']:.4f}")
+    for _ in (bar := tqdm(range(distil), "distillation", dynamic_ncols=True)):
+        bar.set_postfix(gap=f"{sim.step(batch)['gap']:.4f}", refresh=False)
 
     scheduler = student_scheduler(ddpm, SIGMA_INIT)
     diffusers.ConsistencyModelPipeline(unet=sim.generator.model, scheduler=scheduler).save_pretrained(out / "pipeline")
