@@ -200,6 +200,16 @@ def _modulate_refuses(name: str, x: Tensor, *_: Any) -> str | None:
     return None
 
 
+def _rotary_refuses(name: str, q: Tensor, *args: Any) -> str | None:
+    norm = args[5]
+    if name != "triton" or q.dtype != torch.float64 or norm is None or not norm.endswith("_heads"):
+        return None
+    size = math.prod(1 << (n - 1).bit_length() for n in q.shape[2:])
+    if size <= 4096:
+        return None
+    return f"its Triton kernels have room for at most 4096 channels, powers of two by heads, of a token in float64; there are {size}"
+
+
 _R = definitions
 _ALL = ("cpu", "cuda", "triton")
 
@@ -235,7 +245,7 @@ _TABLE = (
         " -> (Tensor, Tensor)",
         _R.rotary.qk_norm_rope, _like_two, ("cpu", "triton"),
         differentiable=("q", "k", "q_weight", "k_weight", "cos", "sin"), traced=("cos", "sin"),
-        flops=lambda q, k, *_: 10 * (q.numel() + k.numel()), size=_tokens_and_heads,
+        flops=lambda q, k, *_: 10 * (q.numel() + k.numel()), size=_tokens_and_heads, refuses=_rotary_refuses,
     ),
     Op(
         "qkv_pixel_norm", "rotary", "(Tensor q, Tensor k, Tensor v, float eps) -> (Tensor, Tensor, Tensor)",

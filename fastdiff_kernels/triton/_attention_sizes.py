@@ -29,32 +29,37 @@ class Sizes:
 # GPUs with 227 KiB of shared memory multiply by warp groups or in tensor memory; the others have 99 KiB at least.
 _LARGE = (90, 100, 103)
 
-# Queries, keys, warps and stages by kernel, one entry for each width, padding included, that it goes up to.
-_Table = dict[str, tuple[tuple[int, ...], ...]]
-_WIDTHS = (32, 64, 80, 96, 128, 192, 256)
+# By the largest width, padding included, that a row is for: queries, keys, warps and stages of these kernels in turn.
+_KERNELS = ("forward", "queries", "keys", "dual", "forward, long")
+_Table = dict[int, tuple[tuple[int, ...], ...]]
 
 _NARROW_LARGE: _Table = {
-    "forward": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
-    "forward, long": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
-    "queries": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-    "keys": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
-    "dual": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2), (32, 16, 8, 2)),
+    64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 3)),
+    96: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), (128, 64, 8, 3)),
+    128: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2), (128, 64, 8, 3)),
+    160: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 2), (128, 64, 8, 2)),
+    192: ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 2), (128, 64, 8, 2)),
+    256: ((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), (32, 16, 8, 2), (64, 64, 8, 2)),
 }  # fmt: skip
 
 _NARROW_SMALL: _Table = {
-    "forward": ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3), (32, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-    "queries": ((64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
-    "keys": ((64, 64, 4, 2), (32, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (32, 64, 8, 2), (16, 32, 8, 2), (32, 32, 8, 1)),
-    "dual": ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2), (32, 16, 8, 2)),
+    32: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
+    64: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2), (64, 32, 4, 2)),
+    80: ((64, 32, 4, 3), (32, 32, 4, 2), (16, 32, 4, 2), (32, 32, 4, 2)),
+    96: ((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
+    128: ((64, 32, 4, 2), (64, 32, 8, 2), (32, 64, 8, 2), (32, 32, 4, 2)),
+    192: ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 4, 2)),
+    256: ((32, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 2)),
 }  # fmt: skip
 
 # float32 is multiplied without tensor cores; a second load in flight also keeps the compiler from holding whole rows in registers, and the
 # LLVM of Triton 3.9 from an assertion that fails in the dual kernel.
 _WIDE: _Table = {
-    "forward": ((32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
-    "queries": ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
-    "keys": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    "dual": ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    32: ((32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 2)),
+    64: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 2)),
+    96: ((32, 16, 8, 2), (16, 32, 8, 2), (16, 32, 8, 1), (16, 16, 8, 2)),
+    128: ((16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 1), (16, 16, 8, 2)),
+    256: ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 1)),
 }  # fmt: skip
 
 LONG = 1024
@@ -73,9 +78,9 @@ def sizes(kernel: str, q: Tensor, gpu: int) -> Sizes:
         # Every block costs it about the same; these are large enough for that, and small enough to need several.
         return Sizes(64, 32, 4, 2)
     width = sum(pieces(q.shape[3]))
-    column = next(i for i, limit in enumerate(_WIDTHS) if width <= limit)
     large = gpu in _LARGE
     if large and kernel == "forward" and q.shape[1] >= LONG and q.dtype != torch.float32:
         kernel = "forward, long"
     table = _WIDE if q.dtype == torch.float32 else _NARROW_LARGE if large else _NARROW_SMALL
-    return tuned(f"attention {kernel}", gpu, q.dtype, width, Sizes(*table[kernel][column]))
+    row = next(row for limit, row in table.items() if width <= limit)
+    return tuned(f"attention {kernel}", gpu, q.dtype, width, Sizes(*row[_KERNELS.index(kernel)]))

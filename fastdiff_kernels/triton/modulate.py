@@ -80,7 +80,7 @@ def _sums_at_once(channels: int, dtype: torch.dtype, weight: bool) -> int:
     if dtype == torch.float64 and channels > 2048:
         return 1
     # Rows of lengths that are not divisible by 16 take more registers for their addresses.
-    return 2 if channels > _WIDE and (dtype.itemsize >= 4 or weight or channels % 16) else 4
+    return 2 if channels > _WIDE and (dtype.itemsize >= 4 or weight or channels % 16 or channels > 6144) else 4
 
 
 def _rows_per_program(tokens: int) -> int:
@@ -188,6 +188,8 @@ def _backward(call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | N
     into = [grads.get(name) if name in ("x", "branch") or name in by_row else None for name in ("x", "branch", "gate", "shift", "scale")]
     call = _whole_rows(call)
     at_once = _sums_at_once(channels, x.dtype, "weight" in slots)
+    # As in the forward pass: the widest rows fill what one program can have.
+    limit = {"maxnreg": min(255, 2048 // tile.warps)} if channels > _WIDE else {}
     names = list(slots)
     for i in range(0, max(len(names), 1), at_once):
         summed = {name: slots[name] for name in names[i : i + at_once]}
@@ -197,7 +199,7 @@ def _backward(call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | N
             CHANNELS=channels, EPS=call.eps, CENTRED=call.norm == "layer", FIRST=len(call.in_table) % 2,
             GATE=summed.get("gate", -1), WEIGHT=summed.get("weight", -1), SHIFT=summed.get("shift", -1), SCALE=summed.get("scale", -1),
             ROWS_PER_PROGRAM=rows, ROWS=min(tile.rows, rows), CHUNK=tile.chunk, ACCUMULATOR=_accumulator(x),
-            WIDE=_fills_registers(channels, x.dtype), num_warps=tile.warps,
+            WIDE=_fills_registers(channels, x.dtype), num_warps=tile.warps, **limit,
         )  # fmt: skip
     if partial is not None:
         by_sample = [name for name in shared if wanted[name].dim() > 1]

@@ -297,7 +297,8 @@ def _backward_kernel(
 # Elements of a tile: with 16 a thread, four warps, and several such programs on a multiprocessor.
 _TILE = 2048
 # Tokens that a transposing tile has at least, and with the elements it may have at most the double: enough to fill the lines that it reads.
-_TOKENS, _TRANSPOSED = 32, 4096
+# Fewer only where the registers would not hold the tile.
+_TOKENS, _TRANSPOSED, _LARGEST = 32, 4096, 8192
 # Programs that a backward launch is cut down to where they leave partial sums, and tiles that one then takes at most.
 _PROGRAMS = 2048
 _TILES = 64
@@ -314,7 +315,8 @@ def _plan(q: Tensor, k: Tensor, norm: str | None, rope: str | None, eps: float) 
     elif order == "heads":
         rows = min(max(1, _TILE // (2 * block)), triton.next_power_of_2(max(1, tokens * heads)))
     else:
-        rows = min(max(_TOKENS, min(2 * _TOKENS, _TRANSPOSED // (2 * block))), triton.next_power_of_2(max(1, tokens)))
+        filling = max(_TOKENS, min(2 * _TOKENS, _TRANSPOSED // (2 * block)))
+        rows = min(filling, max(1, _LARGEST // (2 * block)), triton.next_power_of_2(max(1, tokens)))
     return _Plan(
         norm=norm.removesuffix("_heads") if norm else None, eps=eps, heads=heads, width=width, order=order,
         neighbours=rope == "interleaved", split=width // 2 if rope else block, block=block, rows=rows, wide=q.dtype == torch.float64,
@@ -328,9 +330,9 @@ class Warps(NamedTuple):
 
 
 def _most_registers(plan: _Plan, warps: int) -> dict[str, Any]:
-    """A limit for the backward pass of whole tokens and of centred heads, of which ptxas left to itself spills a little to have one program
-    more on a multiprocessor."""
-    return {"maxnreg": min(255, 2048 // warps)} if plan.order == "whole" or plan.norm == "layer" else {}
+    """A limit that 16 warps fit, or one program where it is large: ptxas left to itself aims lower, and spills a little for it."""
+    large = plan.order == "whole" or plan.wide
+    return {"maxnreg": min(255, 2048 // warps) if large else 128}
 
 
 def _warps(kernel: str, q: Tensor, plan: _Plan) -> int:
@@ -383,10 +385,11 @@ def _forward(
     layout, strides = _describe_rows(inputs)
     angles, angle_strides = _describe_angles(cos, sin)
     q_programs, k_programs = _tiles(q, plan), _tiles(k, plan)
+    warps = _warps("forward", q, plan)
     launch(
         _forward_kernel, q_programs + k_programs * (1 if v is None else 2),
         *inputs, *_dense(q_weight, k_weight), cos, sin, *outputs, *strides, *angle_strides, q.shape[1], k.shape[1], q_programs, k_programs,
-        PLAN=plan, LAYOUT=layout, ANGLES=angles, num_warps=_warps("forward", q, plan),
+        PLAN=plan, LAYOUT=layout, ANGLES=angles, num_warps=warps, **_most_registers(plan, warps),
     )  # fmt: skip
     return tuple(out for out in outputs if out is not None)
 

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import torch
+import triton
 
 from fastdiff_kernels.triton import (
     attention,
@@ -265,6 +266,8 @@ def _rotary(
         if norm == "pixel" and rope is None and weights:
             rotary.qkv_pixel_norm(q, k, v, 1e-4)
             rotary.qkv_pixel_norm_backward(*upstream, q, k, v, 1e-4, needs[:3])
+            rotary.pixel_norm(q, 1e-4)
+            rotary.pixel_norm_backward(upstream[0], q, 1e-4, needs[:1])
             return
         size = heads * width if norm and norm.endswith("_heads") else width
         weighted = weights and norm not in (None, "pixel")
@@ -300,7 +303,8 @@ def rotary_cases() -> Cases:
     common = [*((h, w, "rms", "interleaved") for h, w in HEADS), *((h, w, "layer_heads", "half") for h, w in TOKENS)]
     for heads, width, norm, rope in common:
         name = f"{heads} x {width}, {norm}, {rope}"
-        for dtype in (torch.float16, torch.float64):
+        fits = norm == "rms" or triton.next_power_of_2(heads) * triton.next_power_of_2(width) <= 4096
+        for dtype in (torch.float16, *(torch.float64,) * fits):
             yield f"{name}, {short(dtype)}", _rotary(heads, width, dtype, norm, rope)
         yield f"{name}, bfloat16 throughout", _rotary(heads, width, torch.bfloat16, norm, rope, beside=torch.bfloat16)
     variations = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 
+from fastdiff_kernels._registry import OPS
 from fastdiff_kernels.reference import rotary as definition
 from fastdiff_kernels.triton import _sums, rotary
 from tests.helpers import assert_bitwise, assert_within_eager
@@ -206,6 +207,19 @@ def test_no_rows(shape, device):
         assert [f.shape for f in found] == [a.shape for a in (q, k, *args[:4])]
         assert not any(f.any() for f in found)
     assert all(o.shape == q.shape for o in rotary.qkv_pixel_norm(q, k, v, EPS))
+
+
+def test_refuses_float64_tokens_that_its_registers_do_not_hold():
+    refuses = OPS["qk_norm_rope"].refuses
+
+    def reason(heads, norm, dtype=torch.float64):
+        q = torch.empty(1, 1, heads, 128, dtype=dtype)
+        return refuses("triton", q, q, None, None, None, None, norm, "half", EPS)
+
+    assert reason(32, "layer_heads") is None
+    assert "at most 4096 channels, powers of two by heads, of a token in float64; there are 8192" in reason(33, "rms_heads")
+    assert reason(33, "rms") is None
+    assert reason(33, "rms_heads", torch.float32) is None
 
 
 def test_in_the_interpreter():
