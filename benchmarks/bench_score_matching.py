@@ -1,7 +1,8 @@
-"""Score matching losses on a batch of 64 x 64 images and on four of 512 x 512, and as the training steps that they end in.
+"""Score matching losses on batches of 64 x 64 images and of 512 x 512, and as the training steps that they end in.
 
 "seeded" is LCSS with noise that the kernel draws again, against code that draws it and keeps it for backward. A "step" is the mean over the
-batch and its gradient by the score: there the loss's own gradient is one number, which ours takes into the weight.
+batch and its gradient by the score: there the loss's own gradient is one number, which ours takes into the weight, so that the gradients
+recorded in forward are left as they are. There is none in float16, where a loss is scaled by more than the weight.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.shapes import GPU
 from benchmarks.workloads import Workload
 from fastdiff_kernels import ops
 
-SHAPES = {"64 px": (64, 3, 64, 64), "512 px": (4, 3, 512, 512)}
+_SHAPES_CPU = {"64 px": (64, 3, 64, 64), "512 px": (4, 3, 512, 512)}
+# Of which a tensor is 6 MB in bfloat16, and 100 MB.
+SHAPES_GPU = {"64 px": (256, 3, 64, 64), "64 px, 100 MB": (4096, 3, 64, 64), "512 px": (64, 3, 512, 512)}
+SHAPES = SHAPES_GPU if GPU else _SHAPES_CPU
 SIGMA, SEED = 0.5, 7
+STEP_DTYPES = (torch.float32, torch.bfloat16)
 # torch.compile adds a sample's terms in fewer lanes than eager, which is nearer the truth by up to this factor.
 TOLERANCE = 8.0
 
@@ -69,23 +75,24 @@ def normals(count, shape):
     return lambda: [torch.randn(shape) for _ in range(count)]
 
 
+def loss_workload(op, network, shape, inputs, eager, ours, **more):
+    return Workload(op, network, shape, normals(inputs, shape), eager, ours, gradients=(0,), recorded=True, factor=TOLERANCE, **more)
+
+
 WORKLOADS = [
     workload
     for network, shape in SHAPES.items()
     for workload in (
-        Workload("denoising_loss", network, shape, normals(2, shape), denoising_loss, ops.denoising_loss, gradients=(0,), factor=TOLERANCE),
-        Workload("lcss_loss", network, shape, normals(2, shape), lcss_loss, ours_lcss, gradients=(0,), factor=TOLERANCE),
-        Workload(
-            "lcss_loss seeded", network, shape, normals(1, shape), drawing_lcss_loss, ours_seeded,
-            gradients=(0,), factor=TOLERANCE, checkable=known_lcss_loss,
-        ),
+        loss_workload("denoising_loss", network, shape, 2, denoising_loss, ops.denoising_loss),
+        loss_workload("lcss_loss", network, shape, 2, lcss_loss, ours_lcss),
+        loss_workload("lcss_loss seeded", network, shape, 1, drawing_lcss_loss, ours_seeded, checkable=known_lcss_loss),
         Workload(
             "lcss_loss step", network, shape, normals(2, shape), step(mean(lcss_loss)), step(ours_mean),
-            factor=TOLERANCE, compiled=False, rivals={"compile": step(mean(torch.compile(lcss_loss, dynamic=False)))},
+            factor=TOLERANCE, dtypes=STEP_DTYPES, compiled=False, rivals={"compile": step(mean(torch.compile(lcss_loss, dynamic=False)))},
         ),
         Workload(
             "lcss_loss seeded step", network, shape, normals(1, shape), step(mean(drawing_lcss_loss)), step(ours_mean),
-            factor=TOLERANCE, checkable=step(mean(known_lcss_loss)),
+            factor=TOLERANCE, dtypes=STEP_DTYPES, checkable=step(mean(known_lcss_loss)),
             compiled=False, rivals={"compile": step(mean(torch.compile(drawing_lcss_loss, dynamic=False)))},
         ),
     )

@@ -50,6 +50,8 @@ class Workload:
     """Other ways to the same end, by name; without gradients."""
     per_thousand: Callable[[], float] | None = None
     """How many calls a thousand samples take, where the workload draws samples; its speed-ups are then of the time for these."""
+    recorded: bool = False
+    """Whether forward writes the gradients as well, wherever that does not underflow: backward then multiplies them, and reads no input."""
     streams: bool = True
     """Whether its inputs and outputs are what it moves; a network that is not among its inputs moves far more."""
     captured: bool = True
@@ -109,12 +111,18 @@ class Case:
         return forward if self.mode == "forward" else forward_backward
 
     def bytes(self, args: Sequence[Any], results: Sequence[Tensor]) -> int:
-        """Each input and output moved once; backward reads the inputs and the outputs' gradients and writes the inputs' gradients."""
-        size = sum(t.numel() * t.element_size() for t in (*args, *results) if isinstance(t, Tensor))
+        """What our kernels move, whoever is timed: each input and output once; in backward the inputs and the outputs' gradients are read
+        and the inputs' gradients written, or the recorded ones written in forward, then read and written again.
+        """
+        split = len(results) - (len(self.workload.gradients) if self.mode == "fwd+bwd" else 0)
+        inputs, outputs, gradients = (
+            sum(t.numel() * t.element_size() for t in part if isinstance(t, Tensor)) for part in (args, results[:split], results[split:])
+        )
+        forward = inputs + outputs
         if self.mode == "forward":
-            return size
-        outputs = results[: len(results) - len(self.workload.gradients)]
-        return size + sum(t.numel() * t.element_size() for t in (*args, *outputs) if isinstance(t, Tensor))
+            return forward
+        recorded = self.workload.recorded and self.dtype != torch.float16
+        return forward + outputs + (3 * gradients if recorded else inputs + gradients)
 
     def flops(self, args: Sequence[Any]) -> int | None:
         w = self.workload

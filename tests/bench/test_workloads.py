@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks import bench_attention, bench_end_to_end, shapes
+from benchmarks import bench_attention, bench_distillation, bench_end_to_end, bench_score_matching, shapes
+from benchmarks.workloads import Case, cases
 from fastdiff_kernels.diffusion import AdaptiveSkip
 
 
@@ -40,6 +46,14 @@ def test_the_gpu_has_every_network():
     assert {channels for *_, channels in shapes.ROWS_GPU.values()} >= {1152, 1536, 2432, 3072, 5120, 6144}
 
 
+@pytest.mark.parametrize("bench", [bench_score_matching, bench_distillation])
+def test_the_gpu_has_losses_of_64_megabytes_and_more_in_bfloat16(bench):
+    """Where caches no longer hold a tensor, and the time is that of the memory; and of a batch as it is trained with."""
+    sizes = [2 * math.prod(shape) for shape in bench.SHAPES_GPU.values()]
+    assert max(sizes) >= 64 << 20
+    assert min(sizes) <= 8 << 20
+
+
 def test_which_steps_are_reused_does_not_depend_on_the_samples():
     plan = bench_end_to_end.reused(12)
     assert plan == [False, False, False, *[True, False] * 4, True]
@@ -59,3 +73,39 @@ def test_a_part_of_a_network_counts_for_the_whole_by_its_matrix_products():
     factors = {name: variant.per_thousand() / (1000 * ratio) for name, variant in w.variants.items()}
     # 26 of 50 steps are computed, 3 of the 4 measured; 20 steps of which 2 are measured; one.
     assert factors == pytest.approx({"ours, 24 of 50 steps skipped": 26 / 3, "ours, schedule of 20 steps": 10, "ours, one step": 1})
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes of the tensors that our ops read and write; what one changes in place it reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **kwargs or {})
+        # Where the factor is 1, the gradients that it belongs to are not touched.
+        scaled_by_one = func is torch.ops.fastdiff.scale_samples_.default and bool((args[1] == 1).all())
+        if func.namespace == "fastdiff" and not scaled_by_one:
+            changed = [a for a, said in zip(args, func._schema.arguments, strict=True) if said.alias_info is not None]
+            moved = tree_leaves((args, results, changed))
+            self.bytes += sum(t.numel() * t.element_size() for t in moved if isinstance(t, torch.Tensor))
+        return results
+
+
+STREAMING = [w for bench in (bench_score_matching, bench_distillation) for w in bench.WORKLOADS if w.streams]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["forward", "fwd+bwd"])
+@pytest.mark.parametrize("w", {w.op: w for w in reversed(STREAMING)}.values(), ids=lambda w: w.op)
+def test_the_bytes_of_a_loss_are_those_that_its_kernels_move(w, mode, dtype):
+    """What is recorded in forward is scaled in place; where it is not recorded, backward reads the inputs again."""
+    if mode not in {case.mode for case in cases([w], [dtype])}:
+        pytest.skip("a step has its gradient inside, and is not taken in float16")
+    case = Case(dataclasses.replace(w, inputs=lambda: [torch.randn(4, *a.shape[1:]) for a in w.inputs()]), dtype, mode)
+    args = case.inputs(dtype, "cpu")
+    upstream = [torch.randn_like(o) for o in Case(w, dtype, "forward").bind(w.ours, args, [])()]
+    with Traffic() as traffic:
+        results = case.bind(w.ours, args, upstream)()
+    assert case.bytes(args, results) == pytest.approx(traffic.bytes, rel=2e-3)
