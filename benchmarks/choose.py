@@ -59,6 +59,21 @@ def packed(op: str, shape: tuple[int, int, int, int], parts: int, **options: Any
     return Call(op, lambda: list(torch.randn(batch, tokens, 3, heads, width).unbind(2)[:parts]), options)
 
 
+def at_once(op: str, shape: tuple[int, ...]) -> Call:
+    """One projection as it is."""
+    return Call(op, lambda: [torch.randn(shape)], {})
+
+
+def rms_modulated(shape: tuple[int, int, int]) -> Call:
+    plain = modulated("rms_norm_modulate", shape, 1, 2)
+
+    def tensors() -> list[Tensor]:
+        x, *modulation = plain.tensors()
+        return [x, torch.ones(shape[2]), *modulation]
+
+    return Call("rms_norm_modulate", tensors, {})
+
+
 def grouped(shape: tuple[int, ...], modulated: bool, **options: Any) -> Call:
     def tensors() -> list[Tensor]:
         channels = torch.ones(shape[1]), torch.zeros(shape[1])
@@ -72,11 +87,13 @@ HEADS = ((4, 256, 16, 72), (1, 1024, 16, 72), (16, 256, 9, 64), (16, 64, 12, 64)
 MAPS = ((16, 256, 16, 16), (4, 384, 32, 32), (16, 64, 8, 8))
 CALLS = [
     *(modulated("layer_norm_modulate", shape, 1, 2) for shape in TOKENS),
+    *(rms_modulated(shape) for shape in TOKENS),
     *(modulated("gate_residual", shape, 2, 1) for shape in TOKENS),
     *(modulated("gate_residual_norm_modulate", shape, 2, 3) for shape in TOKENS),
     *(packed("qk_norm_rope", shape, 2, norm="rms") for shape in HEADS[:3]),
-    *(packed("qkv_pixel_norm", shape, 3) for shape in HEADS[2:4]),
+    *(at_once("pixel_norm", (shape[0], shape[1], 3 * shape[2], shape[3])) for shape in HEADS[2:4]),
     *(packed("attention", shape, 3) for shape in HEADS),
+    *(at_once("attention_packed", (shape[0], shape[1], 3, *shape[2:])) for shape in HEADS),
     *(grouped(shape, modulated=True) for shape in MAPS),
     *(grouped(shape, modulated=False, activation=None) for shape in MAPS),
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastdiff_kernels
-from fastdiff_kernels import _backends, _companions, _loader
+from fastdiff_kernels import _backends, _choices, _companions, _loader
 from fastdiff_kernels._registry import OPS, Op, overload
 
 from .helpers import outputs_of
@@ -254,6 +254,15 @@ def test_explain_names_the_backend_and_the_refusals():
     text = fastdiff_kernels.explain(fastdiff_kernels.ops.lcss_noise, torch.zeros(1, 2), 0)
     assert text.startswith("lcss_noise: cpu (")
     assert "cuda: the tensors are on cpu" in text
+
+
+def test_explain_names_the_row_of_the_table_that_decided(monkeypatch):
+    size = (0, float("inf"))
+    row = _choices.Choice("attention", "cpu", "eager", size, size, "cpu", "made up", 7)
+    monkeypatch.setattr(_choices, "choose", lambda op, *_: row if op == "attention" else None)
+    q = torch.zeros(1, 2, 1, 4)
+    assert fastdiff_kernels.explain(fastdiff_kernels.ops.attention, q, q, q).startswith("attention: cpu by line 7 of choices.csv (made up) (")
+    assert fastdiff_kernels.explain(fastdiff_kernels.ops.lcss_noise, torch.zeros(1, 2), 0).startswith("lcss_noise: cpu (")
 
 
 def test_the_definitions_do_not_warn_while_the_library_is_there():

@@ -39,6 +39,13 @@ def table(monkeypatch):
     return fill
 
 
+def test_the_table_has_a_row_for_every_op_that_blocks_call_on_a_cpu():
+    called = set().union(*(ops_seen(CASES[name].make(policy="always"), *CASES[name].inputs()) for name in CASES))
+    measured = {choice.op for choice in _choices.table() if (choice.device, choice.mode) == ("cpu", "compiled")}
+    assert called
+    assert called <= measured
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_always_shows_ops_and_never_none(name):
     case = CASES[name]

@@ -51,6 +51,12 @@ def test_as_accurate_as_eager(rows, keys, width, dtype):
     assert_accurate(ops.attention, eager, operands(2, rows, keys, 2, width), dtype)
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("width", [8, 32, 40, 64, 80, 96, 112, 128, 160, 192])
+def test_widths_of_networks(width, dtype):
+    assert_accurate(ops.attention, eager, operands(1, 65, 77, 2, width, requires_grad=True), dtype, factor=4.0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     batch=st.integers(0, 3),

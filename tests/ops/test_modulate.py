@@ -128,6 +128,14 @@ def test_as_accurate_as_eager(case, kinds, dtype):
     assert_accurate(op, eager, operands(pattern, (3, 37, 145), kinds), dtype, factor=3.0)
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("channels", [8, 320, 384, 768, 1152, 1536, 2240, 2432, 3072, 5120, 6144, 8192])
+@pytest.mark.parametrize("case", ["layer_norm_modulate", "rms_norm_modulate", "gate_residual", "gate_residual_norm_modulate-table"])
+def test_widths_of_networks(case, channels, dtype):
+    op, eager, pattern = CASES[case]
+    assert_accurate(op, eager, operands(pattern, (2, 5, channels), ["BC"]), dtype, factor=3.0)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     case=st.sampled_from(sorted(CASES)),

@@ -134,6 +134,9 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
 
 
+_COLUMNS = ("case", "launch", "kernel", "capability", "triton", "registers", "shared", "stack")
+
+
 def check_budgets(family: str, cases: dict[str, Callable[[], object]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles the launches of every case for every capability: none spills, none takes more registers or shared memory than its budget.
 
@@ -146,18 +149,20 @@ def check_budgets(family: str, cases: dict[str, Callable[[], object]], monkeypat
             launches = compile_launches(call, patch)
         for i, b in enumerate(launches):
             assert b.stack == 0, f"{case}: {b} spills"
-            found.append((case, str(i // len(CAPABILITIES)), b.kernel, str(b.capability), triton.__version__, b.registers, b.shared))
+            key = (case, str(i // len(CAPABILITIES)), b.kernel, str(b.capability))
+            found.append((*key, triton.__version__, b.registers, b.shared, b.stack))
     path = BUDGETS / f"{family}.csv"
     if update_budgets:
         BUDGETS.mkdir(exist_ok=True)
         with path.open("w", newline="") as file:
-            csv.writer(file).writerows([("case", "launch", "kernel", "capability", "triton", "registers", "shared"), *found])
+            csv.writer(file, lineterminator="\n").writerows([_COLUMNS, *found])
         return
     with path.open(newline="") as file:
         budgets = {tuple(row[:4]): row[4:] for row in csv.reader(file)}
-    assert {row[:4] for row in found} == budgets.keys() - {("case", "launch", "kernel", "capability")}, "run pytest --update-budgets"
-    for *key, version, registers, shared in found:
-        written, most_registers, most_shared = budgets[tuple(key)]
+    assert {row[:4] for row in found} == budgets.keys() - {_COLUMNS[:4]}, "run pytest --update-budgets"
+    for *key, version, registers, shared, stack in found:
+        written, most_registers, most_shared, most_stack = budgets[tuple(key)]
+        assert stack <= int(most_stack), f"{key}: {stack} bytes of spilled registers, budget {most_stack}"
         if version == written:
             assert registers <= int(most_registers), f"{key}: {registers} registers, budget {most_registers}"
             assert shared <= int(most_shared), f"{key}: {shared} bytes of shared memory, budget {most_shared}"

@@ -25,6 +25,9 @@ SHAPES = [
     pytest.param((1, 33, 64, 1, 160), id="sd-160"),
     pytest.param((1, 65, 65, 1, 128), id="flux"),
     pytest.param((1, 40, 70, 1, 96), id="96"),
+    pytest.param((1, 33, 33, 1, 192), id="adm-128"),
+    pytest.param((1, 34, 40, 1, 112), id="sana"),
+    pytest.param((1, 40, 33, 2, 8), id="unet-2d"),
     pytest.param((2, 7, 9, 2, 5), id="odd"),
 ]
 

@@ -96,7 +96,7 @@ def test_as_accurate_as_the_definition(shape, kinds, dtypes, device):
 
 # Channels of the networks in use, and the ends of what is supported; the rows are few, and end within a tile.
 @pytest.mark.executes
-@pytest.mark.parametrize("channels", [8, 320, 1152, 1536, 2432, 3840, 5120, 8192])
+@pytest.mark.parametrize("channels", [8, 320, 1152, 1536, 2240, 2432, 3072, 3840, 5120, 6144, 8192])
 def test_widths_of_networks(channels, device):
     shape = (1, 3, channels)
     residual, branch = (torch.randn(shape, device=device).to(torch.bfloat16) for _ in range(2))

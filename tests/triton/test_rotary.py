@@ -233,6 +233,7 @@ def both_ways(norm, rope, dtype, heads, width, layout="packed"):
         q, k, v = (x.to(dtype) for x in projection(1, 64, heads, width, "cpu", layout))
         if norm == "pixel":
             launched("qkv_pixel_norm", (q, k, v, EPS), upstream_of((q, k, v)), 3)
+            launched("pixel_norm", (q, EPS), upstream_of((q,)), 1)
         else:
             args = arguments(q, k, norm, rope, (dtype, torch.float32))
             launched("qk_norm_rope", args, upstream_of((q, k)), 4, (False, False))
