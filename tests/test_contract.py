@@ -261,7 +261,8 @@ def test_explain_names_the_row_of_the_table_that_decided(monkeypatch):
     row = _choices.Choice("attention", "cpu", "eager", size, size, "cpu", "made up", 7)
     monkeypatch.setattr(_choices, "choose", lambda op, *_: row if op == "attention" else None)
     q = torch.zeros(1, 2, 1, 4)
-    assert fastdiff_kernels.explain(fastdiff_kernels.ops.attention, q, q, q).startswith("attention: cpu by line 7 of choices.csv (made up) (")
+    text = fastdiff_kernels.explain(fastdiff_kernels.ops.attention, q, q, q)
+    assert text.startswith("attention: cpu by line 7 of choices.csv (made up) (")
     assert fastdiff_kernels.explain(fastdiff_kernels.ops.lcss_noise, torch.zeros(1, 2), 0).startswith("lcss_noise: cpu (")
 
 
