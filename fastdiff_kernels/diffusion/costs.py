@@ -41,6 +41,8 @@ def corrector_costs(
 
     Both levels see the same x, in one network call on 2 B rows. The noise is that of `seed`, of samples `offset` and on.
     """
+    # An inner level is one of two intervals, and cannot share an evaluation between them: each takes its mean over the law of its own
+    # noisier end, so that the two points differ even where data and noise are the same.
     x = ops.lcss_perturb(clean, high, seed, offset=offset)
     dtype = torch.promote_types(x.dtype, torch.float32)
     sigma = torch.tensor([low, high], dtype=dtype, device=x.device).repeat_interleave(len(x))  # [2 B]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,19 +39,41 @@ class Batches:
             raise ValueError("conditioning must hold scalars where data is an iterable; its batches bring their own tensors")
         self.data, self.conditioning, self.batch_size, self.seed = data, conditioning, batch_size, seed
         self.stream: Iterator | None = None
+        self.taken = 0  # batches from the stream
 
-    def evaluate(self, costs: Costs, denoiser: RawDenoiser, estimate: IntervalCosts, interval: int) -> Tensor:
-        """Costs of one interval for the next batch, [B]. Which noise and, of a tensor, which data depends on what `estimate` has seen."""
+    def evaluate(self, costs: Costs, denoiser: RawDenoiser, estimate: IntervalCosts) -> Tensor:
+        """Costs of the interval whose turn it is, for the next batch, [B]. Which noise and data depends on what `estimate` has seen."""
         first = estimate.samples
-        clean, given = self._drawn(self.data, first) if isinstance(self.data, Tensor) else self._streamed()
-        high, low = estimate.grid[interval].item(), estimate.grid[interval + 1].item()
+        clean, given = self._drawn(self.data, first) if isinstance(self.data, Tensor) else self._streamed(estimate)
+        high, low = estimate.grid[estimate.turn].item(), estimate.grid[estimate.turn + 1].item()
         return costs(denoiser, clean, given, low, high, self.seed, first)
 
     def _drawn(self, data: Tensor, first: int) -> tuple[Tensor, dict[str, object]]:
         rows = self.order[torch.arange(first, first + self.batch_size) % len(data)].to(data.device)
         return data[rows], take_rows(self.conditioning, rows)
 
-    def _streamed(self) -> tuple[Tensor, dict[str, object]]:
+    def _streamed(self, estimate: IntervalCosts) -> tuple[Tensor, dict[str, object]]:
+        self._skip_to(estimate)
+        clean, given = self._next()
+        if estimate.path is not None:
+            estimate.fingerprint = _fingerprint(clean, estimate.fingerprint)
+        return clean, {**self.conditioning, **check_conditioning(given, len(clean), "the batch's conditioning")}
+
+    def _skip_to(self, estimate: IntervalCosts) -> None:
+        """Passes over what an estimate from a file has counted already; ValueError where the stream does not give that again."""
+        if self.taken == estimate.batches:
+            return
+        samples = fingerprint = 0
+        while self.taken < estimate.batches:
+            clean, _ = self._next()
+            samples, fingerprint = samples + len(clean), _fingerprint(clean, fingerprint)
+        if (samples, fingerprint) != (estimate.samples, estimate.fingerprint):
+            raise ValueError(
+                f"data must give the {estimate.batches} batches again that '{estimate.path}' has counted, and in their order; it gave "
+                f"others, of {samples} samples, expected {estimate.samples}. A stream that shuffles needs a seed"
+            )
+
+    def _next(self) -> tuple[Tensor, Mapping[str, object]]:
         if self.stream is None:
             self.stream = iter(self.data)
         item = next(self.stream, None)
@@ -60,23 +84,32 @@ class Batches:
             raise ValueError("data gives no batch when started again; it must be an iterable that can be, such as a list or a DataLoader")
         clean, given = item if isinstance(item, tuple) else (item, {})
         check_data(clean)
-        return clean, {**self.conditioning, **check_conditioning(given, len(clean), "the batch's conditioning")}
+        self.taken += 1
+        return clean, given
+
+
+def _fingerprint(clean: Tensor, before: int) -> int:
+    # Of one datum a batch: enough to tell another order, at the cost of a copy of that.
+    return zlib.crc32(clean[0].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(), before)
 
 
 class IntervalCosts:
     """Counts, means and squared deviations of the costs of every interval between the levels of `grid`, falling, float64 [K + 1].
 
+    The intervals take turns, from the noisiest to the cleanest, once a round.
+
     Attributes:
-        rounds: how often every interval was given a batch. samples: how many rows all intervals were given together.
+        rounds: how often every interval was given a batch. turn: the interval that the next batch is for, K where the round ends.
+        samples: how many rows all intervals were given together. fingerprint: of the batches, where they are a stream.
         last_grid, last_cost, last_error: of the grid before the last `move`.
 
-    With a path the estimate is read from it, where it exists, and written to it after every round.
+    With a path the estimate is read from it, where it exists, and `save` writes it there.
     """
 
     def __init__(self, grid: Tensor, settings: dict[str, object], path: str | os.PathLike | None = None) -> None:
         self.grid, self.path = grid, None if path is None else Path(path)
         self.settings = {**settings, "levels": len(grid), "from": float(grid[0]), "to": float(grid[-1])}
-        self.rounds = self.samples = 0
+        self.rounds = self.turn = self.samples = self.fingerprint = 0
         self.parts: list[tuple[int, int, Tensor]] = []
         self._clear()
         self.last_grid, self.last_cost, self.last_error = self.grid, self.means, self.means
@@ -87,19 +120,25 @@ class IntervalCosts:
     def intervals(self) -> int:
         return len(self.grid) - 1
 
-    def add(self, interval: int, costs: Tensor) -> None:
-        """Costs [B] of one interval; looked at when the round is finished, so that a GPU need not be waited for before."""
-        self.parts.append((interval, len(costs), torch.stack((costs.double().mean(), costs.double().var(unbiased=False)))))
+    @property
+    def batches(self) -> int:
+        """How many were added, in all rounds."""
+        return self.rounds * self.intervals + self.turn
+
+    def add(self, costs: Tensor) -> None:
+        """Costs [B] of the interval whose turn it is; looked at by `finish_round` or `save`, so that a GPU is not waited for before."""
+        self.parts.append((self.turn, len(costs), torch.stack((costs.double().mean(), costs.double().var(unbiased=False)))))
+        self.turn += 1
         self.samples += len(costs)
 
     def finish_round(self) -> None:
         """Merges what was added; ValueError where a cost is not finite, or all are 0."""
-        values = torch.stack([part for _, _, part in self.parts]).cpu()  # [parts, 2]
-        for (interval, count, _), (mean, variance) in zip(self.parts, values.tolist(), strict=True):
-            self._merge(interval, count, mean, variance)
-        self.parts = []
-        self._check()
-        self.rounds += 1
+        self._merge_parts()
+        if not bool((self.means > 0).any()):
+            raise ValueError(
+                f"denoiser.raw gives no cost above 0 between sigma {self.grid[0]:g} and {self.grid[-1]:g}; its score must change with sigma"
+            )
+        self.rounds, self.turn = self.rounds + 1, 0
 
     def move(self, levels: Tensor) -> None:
         """Goes on with other levels, of whose intervals nothing is known yet."""
@@ -111,27 +150,54 @@ class IntervalCosts:
         """Standard errors of the mean costs, [K]; infinite for a single sample."""
         return (self.squares / (self.counts - 1).clamp(min=0) / self.counts).sqrt().nan_to_num(nan=torch.inf)
 
+    _TENSORS = ("grid", "counts", "means", "squares", "last_grid", "last_cost", "last_error")
+    _NUMBERS = ("rounds", "turn", "samples", "fingerprint")
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was added so far; ValueError where a cost is not finite."""
+        self._merge_parts()
+        tensors = {name: getattr(self, name).clone() for name in self._TENSORS}
+        return {**tensors, **{name: getattr(self, name) for name in self._NUMBERS}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`."""
+        for name in self._TENSORS:
+            setattr(self, name, state[name].to("cpu", copy=True))
+        for name in self._NUMBERS:
+            setattr(self, name, state[name])
+        self.parts = []
+
     def save(self) -> None:
         """Writes the file at once or not at all."""
         if self.path is None:
             return
-        tensors = {name: getattr(self, name) for name in self._TENSORS}
         partial = self.path.with_name(self.path.name + ".partial")
-        torch.save({"settings": self.settings, "rounds": self.rounds, "samples": self.samples, **tensors}, partial)
+        torch.save({"settings": self.settings, "state": self.state_dict()}, partial)
         partial.replace(self.path)
-
-    _TENSORS = ("grid", "counts", "means", "squares", "last_grid", "last_cost", "last_error")
 
     def _load(self, path: Path) -> None:
         held = torch.load(path, weights_only=True)
+        if not isinstance(held, dict) or held.keys() != {"settings", "state"}:
+            raise ValueError(f"path: '{path}' must hold an estimate that optimize_schedule of this version has saved, got something else")
         if held["settings"] != self.settings:
             raise ValueError(f"path: '{path}' holds an estimate with {held['settings']}, got {self.settings}")
-        for name in (*self._TENSORS, "rounds", "samples"):
-            setattr(self, name, held[name])
+        self.load_state_dict(held["state"])
 
     def _clear(self) -> None:
         self.counts, self.means, self.squares = torch.zeros(3, self.intervals, dtype=torch.float64)
         self.parts = []
+
+    def _merge_parts(self) -> None:
+        if not self.parts:
+            return
+        values = torch.stack([part for _, _, part in self.parts]).cpu()  # [parts, 2]
+        for (interval, count, _), (mean, variance) in zip(self.parts, values.tolist(), strict=True):
+            self._merge(interval, count, mean, variance)
+        self.parts = []
+        broken = (~torch.isfinite(self.means)).nonzero()
+        if len(broken):
+            at = int(broken[0])
+            raise ValueError(f"denoiser.raw gives a cost of {self.means[at]:g} between sigma {self.grid[at]:g} and {self.grid[at + 1]:g}")
 
     def _merge(self, interval: int, count: int, mean: float, variance: float) -> None:
         held = float(self.counts[interval])
@@ -140,16 +206,6 @@ class IntervalCosts:
         self.counts[interval] = total
         self.means[interval] += step * count / total
         self.squares[interval] += variance * count + step**2 * held * count / total
-
-    def _check(self) -> None:
-        broken = (~torch.isfinite(self.means)).nonzero()
-        if len(broken):
-            at = int(broken[0])
-            raise ValueError(f"denoiser.raw gives a cost of {self.means[at]:g} between sigma {self.grid[at]:g} and {self.grid[at + 1]:g}")
-        if not bool((self.means > 0).any()):
-            raise ValueError(
-                f"denoiser.raw gives no cost above 0 between sigma {self.grid[0]:g} and {self.grid[-1]:g}; its score must change with sigma"
-            )
 
 
 def check_data(data: Tensor) -> None:

@@ -25,6 +25,9 @@ class OnlineSchedule:
     intervals taking turns. When each has had `min_visits` turns the levels move, in ln sigma, by `damping` of the way to those of equal
     sums of sqrt(cost), and the estimate starts afresh.
 
+    It is a noise law, called as schedule(count, generator): `ScoreTrainer(denoiser, noise_law=OnlineSchedule(...))` draws its levels from
+    it, has it observe the averaged denoiser once a step, and keeps it in its checkpoints.
+
     Args:
         num_steps: levels without the final 0, in geometric progression at first.
         sigma_min, sigma_max: the ends, which stay.
@@ -61,7 +64,7 @@ class OnlineSchedule:
         for ends in (self.levels, self.grid):
             ends[0], ends[-1] = sigma_max, sigma_min
         self.steps = self.moves = self.seen = 0
-        self.estimate, self.interval = IntervalCosts(self.grid, {}), 0
+        self.estimate = IntervalCosts(self.grid, {})
 
     @property
     def schedule(self) -> Schedule:
@@ -76,6 +79,10 @@ class OnlineSchedule:
         logs = self.levels.log().float().to(place.device)
         return torch.lerp(logs[interval], logs[interval + 1], place - interval).exp()
 
+    def __call__(self, count: int, generator: torch.Generator) -> Tensor:
+        """`draw` on the generator's device."""
+        return self.draw(count, device=generator.device, generator=generator)
+
     def observe(self, denoiser: RawDenoiser, clean: Tensor, conditioning: Mapping[str, object] | None = None) -> bool:
         """Notes a training step and, after the burn-in, one interval's cost on a batch [B, ...]; says whether the levels have moved.
 
@@ -88,14 +95,11 @@ class OnlineSchedule:
         check_denoiser(denoiser)
         check_data(clean)
         given = check_conditioning(conditioning, len(clean), "conditioning")
-        high, low = self.grid[self.interval].item(), self.grid[self.interval + 1].item()
-        costs = corrector_costs(denoiser, clean, given, low, high, self.seed, self.seen)
+        high, low = self.grid[self.estimate.turn].item(), self.grid[self.estimate.turn + 1].item()
+        self.estimate.add(corrector_costs(denoiser, clean, given, low, high, self.seed, self.seen))
         self.seen += len(clean)
-        self.estimate.add(self.interval, costs)
-        self.interval += 1
-        if self.interval < self.estimate.intervals:
+        if self.estimate.turn < self.estimate.intervals:
             return False
-        self.interval = 0
         self.estimate.finish_round()
         if self.estimate.rounds < self.min_visits:
             return False
@@ -107,16 +111,17 @@ class OnlineSchedule:
         inner = torch.lerp(self.levels.log(), target.log(), self.damping)[1:-1].exp()
         self.levels = torch.cat((self.levels[:1], inner, self.levels[-1:]))
         self.moves += 1
-        self._restart()
-
-    def _restart(self) -> None:
-        self.estimate, self.interval = IntervalCosts(self.grid, {}), 0
+        self.estimate = IntervalCosts(self.grid, {})
 
     _STATE = ("levels", "grid", "steps", "moves", "seen")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs; an estimate that is not complete is taken up anew."""
-        return {name: getattr(self, name) for name in self._STATE}
+        """Levels, counts and the estimate as far as it is: a schedule that takes it up goes on with the same bits.
+
+        Raises:
+            ValueError: a cost of the estimate is not finite.
+        """
+        return {**{name: getattr(self, name) for name in self._STATE}, "estimate": self.estimate.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a `state_dict`.
@@ -126,8 +131,11 @@ class OnlineSchedule:
         """
         for name in ("levels", "grid"):
             own, other = getattr(self, name), state[name]
-            if own.shape != other.shape or not torch.equal(own[[0, -1]], other[[0, -1]]):
+            if own.shape != other.shape or own[0] != other[0] or own[-1] != other[-1]:
                 raise ValueError(f"state: {name} must be {len(own)} from {own[0]:g} to {own[-1]:g}; got {len(other)} from {other[0]:g}")
         for name in self._STATE:
-            setattr(self, name, state[name])
-        self._restart()
+            value = state[name]
+            # A checkpoint may have been read onto a GPU.
+            setattr(self, name, value.cpu() if isinstance(value, Tensor) else value)
+        self.estimate = IntervalCosts(self.grid, {})
+        self.estimate.load_state_dict(state["estimate"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .._checks import check_choice, check_count, check_number
 from ._progress import progress_bar
 from .costs import RawDenoiser, check_denoiser, corrector_costs, predictor_costs
 from .guidance import check_conditioning
-from .interval_costs import Batches, IntervalCosts
+from .interval_costs import Batches, Costs, IntervalCosts
 from .noise_levels import check_range
 from .schedule import Schedule, log_grid
 
@@ -68,7 +68,10 @@ def optimize_schedule(
         conditioning: keyword arguments of the denoiser, tensors with a row for each datum or scalars; with an iterable, scalars.
         interpolation: of the running sum between the knots, "pchip" or "linear".
         seed: of the noise and of the order in which data are drawn; the same on every device.
-        path: a file that holds the estimate after every round; if it is there, the estimate continues from it.
+        path: a file that holds the estimate, written after every batch; if it is there, the estimate continues from it and ends with the
+            same bits as one that was never stopped. Data in a tensor must be the same again. An iterable is asked for its batches from
+            the start and those that were counted are passed over, so that it must give the same ones in the same order: give a DataLoader
+            that shuffles a seeded `generator`. A stream in which one of them differs in its first datum is refused.
         progress: show a progress bar (needs tqdm).
 
     Returns:
@@ -77,8 +80,8 @@ def optimize_schedule(
 
     Raises:
         TypeError: the denoiser has no `.raw` or `.sigma_data`; an argument of the wrong kind.
-        ValueError: an argument out of range; no data; conditioning without a row for each datum; a file of another estimate; costs not
-            finite or all zero.
+        ValueError: an argument out of range; no data; conditioning without a row for each datum; a file of another estimate, or of
+            another stream; costs not finite or all zero.
     """
     check_denoiser(denoiser)
     check_count(num_steps, "num_steps")
@@ -98,7 +101,8 @@ def optimize_schedule(
     fit = _fit_corrector if cost == "corrector" else _fit_predictor
     grid = log_grid(knots if cost == "corrector" else num_steps, sigma_min, sigma_max)
     grid[0], grid[-1] = sigma_max, sigma_min
-    estimate = IntervalCosts(grid, {"cost": cost, "seed": seed, "batch_size": batch_size}, path)
+    of = list(data.shape) if isinstance(data, Tensor) else "a stream"
+    estimate = IntervalCosts(grid, {"cost": cost, "seed": seed, "batch_size": batch_size, "data": of}, path)
     return fit(denoiser, batches, estimate, num_steps, rounds, tolerance, damping, interpolation, progress)
 
 
@@ -113,25 +117,45 @@ def _fit_corrector(
     interpolation: str,
     progress: bool,
 ) -> Schedule:
+    def read_off() -> tuple[Tensor, Tensor]:
+        levels = _levels(estimate, num_steps, interpolation)
+        return levels, level_errors(estimate.grid, estimate.means, estimate.error(), levels)
+
+    def settled() -> bool:
+        return bool((read_off()[1] <= tolerance).all())
+
+    _run_rounds(corrector_costs, denoiser, batches, estimate, rounds, settled, lambda: None, progress)
+    levels, error = read_off()
+    return _schedule(levels, estimate.grid, estimate.means, estimate.error(), error)
+
+
+def _run_rounds(
+    costs: Costs,
+    denoiser: RawDenoiser,
+    batches: Batches,
+    estimate: IntervalCosts,
+    rounds: int,
+    settled: Callable[[], bool],
+    move: Callable[[], None],
+    progress: bool,
+) -> None:
+    """Gives every interval a batch and calls `move`, again and again until `settled` or `rounds` times, saving after every batch."""
     while estimate.rounds < rounds:
-        for interval in progress_bar(range(estimate.intervals), progress, "schedule"):
-            estimate.add(interval, batches.evaluate(corrector_costs, denoiser, estimate, interval))
+        # What a file holds may be what a run has ended with.
+        if estimate.rounds > 0 and estimate.turn == 0 and settled():
+            return
+        for _ in progress_bar(range(estimate.turn, estimate.intervals), progress, "schedule"):
+            estimate.add(batches.evaluate(costs, denoiser, estimate))
+            estimate.save()
         estimate.finish_round()
+        move()
         estimate.save()
-        if estimate.rounds < rounds and _settled(_read_off(estimate, num_steps, interpolation), tolerance):
-            break
-    return _read_off(estimate, num_steps, interpolation)
 
 
-def _settled(schedule: Schedule, tolerance: float) -> bool:
-    return schedule.error is not None and bool((schedule.error <= tolerance).all())
-
-
-def _read_off(estimate: IntervalCosts, num_steps: int, interpolation: str) -> Schedule:
-    grid, cost = estimate.grid, estimate.means
-    levels = ops.integrate_schedule(grid, cost, num_steps - 1, interpolation=interpolation) if num_steps > 1 else grid[:1]
-    error = level_errors(grid, cost, estimate.error(), levels)
-    return _schedule(levels, grid, cost, estimate.error(), error)
+def _levels(estimate: IntervalCosts, num_steps: int, interpolation: str) -> Tensor:
+    if num_steps == 1:
+        return estimate.grid[:1]
+    return ops.integrate_schedule(estimate.grid, estimate.means, num_steps - 1, interpolation=interpolation)
 
 
 def _schedule(levels: Tensor, grid: Tensor, cost: Tensor, cost_error: Tensor, error: Tensor) -> Schedule:
@@ -172,18 +196,15 @@ def _fit_predictor(
     interpolation: str,
     progress: bool,
 ) -> Schedule:
-    moved = math.inf
-    for _ in progress_bar(range(estimate.rounds, rounds), progress, "schedule"):
-        for interval in range(estimate.intervals):
-            estimate.add(interval, batches.evaluate(predictor_costs, denoiser, estimate, interval))
-        estimate.finish_round()
+    def settled() -> bool:
+        return float((estimate.grid.log() - estimate.last_grid.log()).abs().max()) <= tolerance
+
+    def move() -> None:
         logs, target = estimate.grid.log(), _equal_fourth_roots(estimate, num_steps, interpolation)
-        moves = damping * (target.log() - logs)
-        estimate.move(torch.cat((estimate.grid[:1], (logs + moves)[1:-1].exp(), estimate.grid[-1:])))
-        estimate.save()
-        moved = float(moves.abs().max())
-        if moved <= tolerance:
-            break
+        inner = torch.lerp(logs, target.log(), damping)[1:-1].exp()
+        estimate.move(torch.cat((estimate.grid[:1], inner, estimate.grid[-1:])))
+
+    _run_rounds(predictor_costs, denoiser, batches, estimate, rounds, settled, move, progress)
     grid, cost = estimate.last_grid, estimate.last_cost.clamp(min=0)
     # Of the square roots, whose roots the levels are spaced by.
     root_error = estimate.last_error / (2 * cost.clamp(min=1e-12 * float(cost.max())).sqrt())

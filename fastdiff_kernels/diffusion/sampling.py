@@ -63,7 +63,7 @@ def sample(
         conditioning: keyword arguments of the denoiser, tensors [B, ...] or scalars, for example `{"class_labels": labels}`.
         unconditional: the same keys for the unconditional prediction; not evaluated where guidance is 1.
         guidance: D = D_uncond + guidance (D_cond - D_uncond), from one call on a doubled batch.
-        skip: reuse of noise predictions (x - D) / sigma, taken before guidance, for whole steps. The last evaluation of the last computed
+        skip: reuse of noise predictions (x - D) / sigma, D after guidance, for whole steps. The last evaluation of the last computed
             step is the one reused; a Heun step reuses in both of its evaluations.
         progress: show a progress bar (needs tqdm).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -251,8 +251,8 @@ def test_scores_that_are_not_finite_are_reported(factor: float) -> None:
 
 def test_costs_that_are_all_zero_are_reported() -> None:
     costs = IntervalCosts(torch.tensor([8.0, 1.0, 0.1], dtype=torch.float64), {})
-    for interval in (0, 1):
-        costs.add(interval, torch.zeros(4))
+    for _ in range(2):
+        costs.add(torch.zeros(4))
     with pytest.raises(ValueError, match=r"denoiser.raw gives no cost above 0 between sigma 8 and 0.1; its score must change with sigma"):
         costs.finish_round()
 
@@ -314,6 +314,90 @@ def test_an_interrupted_estimate_goes_on_where_it_stopped(tmp_path: Path) -> Non
     assert torch.equal(resumed.cost_error, whole.cost_error)
     with pytest.raises(ValueError, match=r"path: .* holds an estimate with"):
         optimize_schedule(denoiser, data, 5, path=path, **{**options, "knots": 33})
+
+
+class Interrupted(EDMPrecond):
+    """Exact for data N(0, .4^2) until its last call, which is torn."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__(GaussianNetwork(0.4))
+        self.left = calls
+
+    def raw(self, x: Tensor, sigma: Tensor, **conditioning: object) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return super().raw(x, sigma, **conditioning)
+
+
+class Shuffled:
+    """Batches of two sizes in an order that differs from pass to pass, and is the same in every run of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.batches = gaussian_data(0.4, 50, 8).split(4)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.batches[i] for i in torch.randperm(len(self.batches), generator=self.generator).tolist())
+
+
+def same_schedule(a: Schedule, b: Schedule) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("sigmas", "knots", "cost", "cost_error", "error"))
+
+
+@pytest.mark.parametrize("make", [lambda: gaussian_data(0.4, 50, 8), lambda: Shuffled(3)], ids=["tensor", "stream"])
+@pytest.mark.parametrize("calls", [1, 2, 15, 16, 17, 40])
+def test_an_estimate_torn_at_any_call_ends_with_the_same_bits(tmp_path: Path, make: Callable[[], object], calls: int) -> None:
+    """15 intervals a round: torn in the first call, inside of a round, in its last call and in the one after."""
+    path, options = tmp_path / "schedule.pt", {"sigma_min": 0.02, "sigma_max": 8.0, "knots": 16, "batch_size": 4, "rounds": 3}
+    whole = optimize_schedule(EDMPrecond(GaussianNetwork(0.4)), make(), 5, **options)
+    with pytest.raises(KeyboardInterrupt):
+        optimize_schedule(Interrupted(calls), make(), 5, path=path, **options)
+    assert path.exists() == (calls > 1)
+    rest = Interrupted(0)
+    resumed = optimize_schedule(rest, make(), 5, path=path, **options)
+    assert -rest.left == 45 - (calls - 1), "a batch that was counted is not evaluated again"
+    assert same_schedule(resumed, whole)
+
+
+def test_a_run_that_has_ended_by_its_tolerance_is_not_taken_further(tmp_path: Path) -> None:
+    options = {"sigma_min": 0.1, "sigma_max": 10.0, "knots": 5, "batch_size": 4, "rounds": 1000, "path": tmp_path / "schedule.pt"}
+    spy, data = SpyDenoiser(), torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    ended = optimize_schedule(spy, data, 4, tolerance=0.2, **options)
+    assert 4 < len(spy.calls) < 400
+    assert same_schedule(optimize_schedule(Interrupted(1), data, 4, tolerance=0.2, **options), ended)
+
+
+def test_a_stream_must_give_again_what_was_counted(tmp_path: Path) -> None:
+    path, options = tmp_path / "schedule.pt", {"sigma_min": 0.02, "sigma_max": 8.0, "knots": 16}
+    with pytest.raises(KeyboardInterrupt):
+        optimize_schedule(Interrupted(9), Shuffled(3), 5, path=path, **options)
+    before = path.read_bytes()
+    for other in (Shuffled(4), list(gaussian_data(0.4, 50, 8).split(5))):
+        with pytest.raises(
+            ValueError, match=r"data must give the 8 batches again that '.*' has counted, and in their order; it gave others"
+        ):
+            optimize_schedule(EDMPrecond(GaussianNetwork(0.4)), other, 5, path=path, **options)
+    with pytest.raises(ValueError, match=r"path: .* holds an estimate with .*'data': 'a stream'.*, got .*'data': \[50, 8\]"):
+        optimize_schedule(EDMPrecond(GaussianNetwork(0.4)), gaussian_data(0.4, 50, 8), 5, path=path, **options)
+    assert path.read_bytes() == before
+    torch.save({"generator": {}}, path)
+    with pytest.raises(ValueError, match=r"path: '.*' must hold an estimate that optimize_schedule of this version has saved"):
+        optimize_schedule(EDMPrecond(GaussianNetwork(0.4)), Shuffled(3), 5, path=path, **options)
+
+
+def test_a_cost_that_is_not_finite_never_reaches_the_file(tmp_path: Path) -> None:
+    class Breaking(SpyDenoiser):
+        def raw(self, x: Tensor, sigma: Tensor) -> Tensor:
+            return super().raw(x, sigma) * (1.0 if len(self.calls) < 3 else float("nan"))
+
+    path, options = tmp_path / "schedule.pt", {"sigma_min": 0.1, "sigma_max": 8.0, "knots": 9}
+    data, breaking = torch.ones(4, 3), Breaking()
+    with pytest.raises(ValueError, match=r"denoiser.raw gives a cost of nan between sigma"):
+        optimize_schedule(breaking, data, 3, path=path, **options)
+    assert len(breaking.calls) == 3
+    whole = optimize_schedule(SpyDenoiser(), data, 3, **options)
+    assert same_schedule(optimize_schedule(SpyDenoiser(), data, 3, path=path, **options), whole)
 
 
 def test_single_samples_have_no_standard_error() -> None:

@@ -89,7 +89,7 @@ def test_probes_estimate_the_trace_without_bias() -> None:
 
 
 def test_levels_of_equal_predictor_cost() -> None:
-    """Levels move to equal sums of fourth roots, and after a few rounds all steps cost the same: equal sums of roots overshoot for ever."""
+    """Levels move to equal sums of fourth roots, and after a few rounds all steps cost the same."""
     denoiser = EDMPrecond(GaussianNetwork(0.5))
     data = (0.5 * torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))).double()
     schedule = optimize_schedule(
@@ -106,15 +106,97 @@ def test_levels_of_equal_predictor_cost() -> None:
     assert levels[-1] == 0.1
 
 
-def test_an_interrupted_estimate_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    denoiser, data = EDMPrecond(GaussianNetwork(0.5)), 0.5 * torch.randn(50, 8, dtype=torch.float64)
+class Counting(EDMPrecond):
+    """Exact for data N(0, .5^2); counts its calls, two an interval, and tears the one that `torn` names."""
+
+    def __init__(self, torn: int = 0) -> None:
+        super().__init__(GaussianNetwork(0.5))
+        self.calls, self.torn = 0, torn
+
+    def raw(self, x: Tensor, sigma: Tensor, **conditioning: object) -> Tensor:
+        self.calls += 1
+        if self.calls == self.torn:
+            raise KeyboardInterrupt
+        return super().raw(x, sigma, **conditioning)
+
+
+def exact_rounds(root: float, damping: float, rounds: int) -> list[float]:
+    """Largest over smallest cost after each of so many moves of damping of the way to equal sums of cost^root, costs in closed form."""
+
+    def costs(levels: Tensor) -> Tensor:
+        pairs = pairwise(levels.tolist())
+        return torch.tensor([gaussian_predictor_cost(0.5, 64, high, low) for high, low in pairs], dtype=torch.float64)
+
+    levels = torch.tensor([10 * 0.01 ** (i / 12) for i in range(13)], dtype=torch.float64)
+    ratios = []
+    for _ in range(rounds):
+        # integrate_schedule takes square roots
+        target = ops.integrate_schedule(levels, costs(levels) ** (2 * root), 12)
+        levels = torch.lerp(levels.log(), target.log(), damping).exp()
+        ratios.append(float(costs(levels).max() / costs(levels).min()))
+    return ratios
+
+
+def test_undamped_moves_to_equal_sums_of_roots_overshoot_and_to_those_of_fourth_roots_do_not() -> None:
+    """Costs are of fourth order in the step: their roots, of second order, ask for twice the way in each move."""
+    roots, fourth = exact_rounds(1 / 2, 1.0, 100), exact_rounds(1 / 4, 1.0, 10)
+    assert max(roots[:2]) > 1000
+    assert min(roots) > 2
+    assert fourth[1] < 1.1
+    assert fourth[-1] < 1 + 1e-6
+    # Half of a way that is twice too long is the way.
+    assert exact_rounds(1 / 2, 0.5, 10)[-1] < 1 + 1e-6
+
+
+def test_tolerance_ends_the_rounds() -> None:
+    data = (0.5 * torch.randn(400, 64, generator=torch.Generator().manual_seed(0))).double()
+    options = {"sigma_min": 0.1, "sigma_max": 10.0, "cost": "predictor", "batch_size": 16}
+    stopped, exact = Counting(), Counting()
+    found = optimize_schedule(stopped, data, 7, rounds=12, tolerance=0.05, **options)
+    rounds = stopped.calls // 12
+    assert 1 < rounds < 6
+    assert stopped.calls == 12 * rounds
+    assert torch.equal(found.sigmas, optimize_schedule(exact, data, 7, rounds=rounds, **options).sigmas)
+    assert exact.calls == stopped.calls, "without a tolerance every round is taken"
+
+    def last_move(rounds: int) -> float:
+        schedule = optimize_schedule(Counting(), data, 7, rounds=rounds, **options)
+        return float((schedule.sigmas[:-1].log() - schedule.knots.log()).abs().max())
+
+    assert last_move(rounds) <= 0.05 < last_move(rounds - 1)
+
+
+@pytest.mark.parametrize("damping", [0.25, 0.5])
+def test_damping_is_the_share_of_the_way_that_levels_move(damping: float) -> None:
+    data = 0.5 * torch.randn(50, 8, dtype=torch.float64)
+    options = {"sigma_min": 0.1, "sigma_max": 10.0, "cost": "predictor", "batch_size": 8, "rounds": 1}
+    whole, part = (optimize_schedule(Counting(), data, 6, damping=share, **options) for share in (1.0, damping))
+    start = whole.knots.log()
+    assert torch.equal(part.knots, whole.knots)
+    torch.testing.assert_close(part.sigmas[:-1].log() - start, damping * (whole.sigmas[:-1].log() - start))
+    assert (whole.sigmas[1:-2].log() - start[1:-1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("torn", [0, 1, 2, 7, 10, 11, 25])
+def test_an_estimate_torn_at_any_call_ends_with_the_same_bits(tmp_path: Path, torn: int) -> None:
+    """Ten calls a round, two an interval; 0: ended after a round."""
+    data, path = 0.5 * torch.randn(50, 8, dtype=torch.float64), tmp_path / "schedule.pt"
     options = {"sigma_min": 0.1, "sigma_max": 10.0, "cost": "predictor", "batch_size": 8, "damping": 0.5}
-    whole = optimize_schedule(denoiser, data, 6, rounds=4, **options)
-    optimize_schedule(denoiser, data, 6, rounds=1, path=tmp_path / "p.pt", **options)
-    resumed = optimize_schedule(denoiser, data, 6, rounds=4, path=tmp_path / "p.pt", **options)
+    whole = optimize_schedule(Counting(), data, 6, rounds=4, **options)
+    if torn:
+        with pytest.raises(KeyboardInterrupt):
+            optimize_schedule(Counting(torn), data, 6, rounds=4, path=path, **options)
+    else:
+        optimize_schedule(Counting(), data, 6, rounds=1, path=path, **options)
+    rest = Counting()
+    resumed = optimize_schedule(rest, data, 6, rounds=4, path=path, **options)
+    assert rest.calls == 40 - (2 * ((torn - 1) // 2) if torn else 10)
     assert torch.equal(resumed.sigmas, whole.sigmas)
     assert torch.equal(resumed.error, whole.error)
     assert resumed.error[1:-2].min() > 0
+    again = Counting()
+    assert torch.equal(optimize_schedule(again, data, 6, rounds=9, tolerance=10.0, path=path, **options).sigmas, whole.sigmas)
+    assert again.calls == 0, "the levels moved by less than the tolerance in the last round"
 
 
 def test_probes_leave_no_gradients_behind() -> None:
