@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("rows", metavar="ROWS", help="a results file, for instance benchmarks/results/rows.csv")
     report.add_argument("--out", metavar="FOLDER", default="out/bench", help="where to write (default: %(default)s)")
     report.add_argument("--into", metavar="FILE", help="instead, put the tables between the marks of this Markdown file")
-    report.add_argument("--network", action="append", default=[], help="with --into: only these networks")
+    report.add_argument("--network", action="append", default=[], help="with --into: only these networks, their parts and variants")
     compare = wanted.add_parser("compare", help="which cases became slower or faster by more than their noise; status 1 if any is slower")
     compare.add_argument("a", metavar="A", help="results file, or FILE@COMMIT for the rows of one commit")
     compare.add_argument("b", metavar="B", help="likewise")

@@ -96,9 +96,14 @@ def _absent(rows: Sequence[Row]) -> str:
     return f"Not installed, so not compared with: {', '.join(sorted(names))}." if names else ""
 
 
+def _is_one_of(network: str, chosen: Sequence[str]) -> bool:
+    """Whether it is one of these, or a part or a variant of one: "EDM-16" and "EDM NHWC" of "EDM", but not "EDM2"."""
+    return any(network == name or network.startswith((f"{name} ", f"{name}-")) for name in chosen)
+
+
 def markdown(rows: Iterable[Row], networks: Sequence[str] = ()) -> str:
     """Tables of how many times faster ours is, one for each machine; sweeps are left to the figures."""
-    kept = [row for row in latest(rows) if row.network != SWEEP and (not networks or row.network in networks)]
+    kept = [row for row in latest(rows) if row.network != SWEEP and (not networks or _is_one_of(row.network, networks))]
     blocks = []
     for machine in _machines(kept):
         here = [row for row in kept if row.device == machine]

@@ -53,6 +53,13 @@ def test_rows_that_lose_are_in_the_table_and_say_so(tmp_path):
     assert "| 0.50 (loses) | 0.40 (loses) |" in report.markdown(rows.read(path))
 
 
+def test_a_network_has_its_parts_and_variants_with_it(tmp_path):
+    networks = ("EDM", "EDM-16", "EDM2", "DiT-XL/2 rms half")
+    path = write(tmp_path / "rows.csv", *(measured(p, 10, network=name) for name in networks for p in ("eager", "ours")))
+    text = report.markdown(rows.read(path), ["EDM", "DiT-XL/2"])
+    assert [name for name in networks if f"| {name} |" in text] == ["EDM", "EDM-16", "DiT-XL/2 rms half"]
+
+
 def test_what_no_gpu_has_measured_is_said(tmp_path):
     path = write(tmp_path / "rows.csv", measured("eager", 10), measured("ours", 5))
     assert "GPU: not measured." in report.markdown(rows.read(path))
