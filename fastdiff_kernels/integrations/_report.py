@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -29,11 +30,13 @@ class PatchReport:
     Attributes:
         model: class name of the model or pipeline.
         entries: all of it, in the model's order. replaced, left: the two halves.
+        missing: classes that replacements are written for and the installed release of the host does not have.
     """
 
-    def __init__(self, model: str, entries: list[Entry]) -> None:
+    def __init__(self, model: str, entries: Sequence[Entry], missing: Sequence[str] = ()) -> None:
         self.model = model
         self.entries = tuple(entries)
+        self.missing = tuple(missing)
 
     @property
     def replaced(self) -> tuple[Entry, ...]:
@@ -55,6 +58,8 @@ class PatchReport:
         for reason in dict.fromkeys(entry.reason for entry in self.left):
             kinds = Counter(entry.kind for entry in self.left if entry.reason == reason)
             lines.append(f"  left {', '.join(f'{count} {kind}' for kind, count in kinds.items())}: {reason}")
+        if self.missing:
+            lines.append(f"  not in the installed release, so that nothing is replaced for them: {', '.join(self.missing)}")
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import permutations
 
 import pytest
 import torch
@@ -65,6 +66,86 @@ def test_unregistering_takes_it_from_every_processor() -> None:
     assert "fastdiff" not in {name.value for name in host.AttentionBackendName}
     assert {m.processor._attention_backend.value for m in model.modules() if hasattr(m, "processor")} == {"_native_math"}
     assert torch.isfinite(case.call(model)).all()
+
+
+@pytest.mark.parametrize("had", [None, "_native_math"])
+@pytest.mark.parametrize("order", list(permutations(("set", "patch", "reset", "unpatch"))), ids="-".join)
+def test_any_order_with_a_patch_ends_where_it_began(order: tuple[str, ...], had: str | None) -> None:
+    case = BY_NAME["FluxTransformer2DModel"]
+    model = case.model()
+    attentions = [m for m in model.modules() if hasattr(m, "processor")]
+    if had is not None:
+        model.set_attention_backend(had)
+    processors = [attn.processor for attn in attentions]
+    before = case.call(model)
+    steps = {
+        "set": integration.set_attention_backend,
+        "patch": integration.patch,
+        "reset": integration.reset_attention_backend,
+        "unpatch": integration.unpatch,
+    }
+    for step in order:
+        steps[step](model)
+        torch.testing.assert_close(case.call(model), before)
+    integration.unregister_attention_backend()
+    torch.testing.assert_close(case.call(model), before)
+    integration.unpatch(model)
+    assert all(attn.processor is processor for attn, processor in zip(attentions, processors, strict=True))
+    assert [processor._attention_backend for processor in processors] == [None if had is None else host.AttentionBackendName(had)] * 3
+    assert_bitwise(case.call(model), before)
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+def test_what_was_chosen_since_is_kept(patched: bool) -> None:
+    model = BY_NAME["FluxTransformer2DModel"].model()
+    if patched:
+        integration.patch(model)
+    integration.set_attention_backend(model)
+    model.set_attention_backend("_native_math")
+    integration.reset_attention_backend(model)
+    integration.unpatch(model)
+    assert {m.processor._attention_backend.value for m in model.modules() if hasattr(m, "processor")} == {"_native_math"}
+
+
+def test_copies_know_what_they_had() -> None:
+    case = BY_NAME["FluxTransformer2DModel"]
+    model = case.model()
+    model.set_attention_backend("_native_math")
+    integration.set_attention_backend(model)
+    twin = copy.deepcopy(model)
+    integration.unregister_attention_backend()
+    integration.reset_attention_backend(twin)
+    assert {m.processor._attention_backend.value for m in twin.modules() if hasattr(m, "processor")} == {"_native_math"}
+    assert_bitwise(case.call(twin), case.call(model))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_patched_model_has_its_attention_already(attended: list[int], monkeypatch) -> None:
+    case = BY_NAME["FluxTransformer2DModel"]
+    model = case.model()
+    rotated, rotate = [], processors.ops.qk_norm_rope
+    monkeypatch.setattr(processors.ops, "qk_norm_rope", lambda *args, **kwargs: rotated.append(1) or rotate(*args, **kwargs))
+    monkeypatch.setattr(processors, "_said", set())
+    integration.patch(model)
+    integration.set_attention_backend(model)
+    before = case.call(model)
+    assert (len(attended), len(rotated)) == (3, 4)  # one for each stream
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(case.call(compiled), before)
+
+
+def test_a_release_with_another_dispatcher_is_refused(monkeypatch) -> None:
+    model = BY_NAME["FluxTransformer2DModel"].model()
+    for attribute, message in (("_constraints", "has no dict _constraints"), (None, "has no attention_dispatch")):
+        with monkeypatch.context() as patched:
+            if attribute is None:
+                patched.setattr("fastdiff_kernels.integrations.diffusers._backend.host", None)
+            else:
+                patched.delattr(host._AttentionBackendRegistry, attribute)
+            with pytest.raises(RuntimeError, match=message):
+                integration.set_attention_backend(model)
+            integration.unregister_attention_backend()
+            integration.reset_attention_backend(model)
 
 
 def test_the_hosts_own_ways_to_choose_it_work_while_it_is_registered(attended: list[int]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -157,7 +157,7 @@ def test_a_mode_over_torchs_functions_sees_the_op() -> None:
 
 
 def test_a_block_that_is_written_otherwise_keeps_its_norms(monkeypatch) -> None:
-    forward = probes.BasicTransformerBlock.forward
+    forward = BasicTransformerBlock.forward
 
     class Clamped(nn.Module):
         def __init__(self, norm: nn.Module) -> None:
@@ -176,7 +176,7 @@ def test_a_block_that_is_written_otherwise_keeps_its_norms(monkeypatch) -> None:
             self.norm3 = before
 
     probes.difference.cache_clear()
-    monkeypatch.setattr(probes.BasicTransformerBlock, "forward", clamped)
+    monkeypatch.setattr(BasicTransformerBlock, "forward", clamped)
     try:
         case = BY_NAME["DiTTransformer2DModel"]
         model = copy.deepcopy(case.model())

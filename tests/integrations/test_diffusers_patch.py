@@ -92,10 +92,23 @@ def test_the_report_reads_well() -> None:
     assert any(line.startswith("  left 2 BasicTransformerBlock: its forward is its own; the modulation, gates and") for line in lines)
 
 
-def test_what_is_no_known_model_is_refused() -> None:
+@pytest.mark.parametrize("wrong", ["UNet2DModel", diffusers.DDIMScheduler(), None])
+def test_what_is_neither_module_nor_pipeline_is_refused(wrong: object) -> None:
     for call in (patch, unpatch):
-        with pytest.raises(TypeError, match=r"model_or_pipeline must be a pipeline or one of UNet2DModel, .* got Linear"):
-            call(nn.Linear(1, 1))
+        with pytest.raises(TypeError, match=f"model_or_pipeline must be a module or a pipeline, got {type(wrong).__name__}"):
+            call(wrong)
+
+
+def test_a_model_that_is_not_known_is_left_and_reported() -> None:
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2)
+    kinds = {name: type(module) for name, module in vae.named_modules()}
+    report = patch(vae)
+    assert report.model == "AutoencoderKL"
+    assert [(entry.module, entry.kind) for entry in report.left] == [(name, kind.__name__) for name, kind in kinds.items()]
+    assert {entry.reason for entry in report.left} == {"AutoencoderKL is not one of the models that are known here"}
+    assert not report.replaced
+    unpatch(vae)
+    assert {name: type(module) for name, module in vae.named_modules()} == kinds
 
 
 def test_a_pipeline_is_patched_by_component() -> None:
@@ -106,7 +119,9 @@ def test_a_pipeline_is_patched_by_component() -> None:
     assert {entry.module for entry in report.replaced} == {
         f"transformer.transformer_blocks.{i}.{part}" for i in range(2) for part in ("norm1", "attn1", "norm3", "ff")
     }
-    assert [e.reason for e in report.entries if e.module == "vae"] == ["not one of the models that are known here"]
+    rest = {entry.module: entry.reason for entry in report.left if entry.module.split(".")[0] == "vae"}
+    assert list(rest) == ["vae", *(f"vae.{name}" for name, _ in vae.named_modules() if name)]
+    assert set(rest.values()) == {"AutoencoderKL is not one of the models that are known here"}
     unpatch(pipeline)
     assert type(pipeline.transformer.transformer_blocks[0].attn1.processor) is AttnProcessor2_0
 
@@ -290,10 +305,26 @@ def test_modules_under_offloading_hooks_are_left_or_keep_the_patch_in_place() ->
     assert "patch before those are added" in repr(report)
     late = model.transformer_blocks[1].norm1
     late.forward = late.forward
+    patched = [(type(module), getattr(module, "processor", None)) for module in model.modules()]
     with pytest.raises(RuntimeError, match=r"transformer_blocks.1.norm1: its forward was replaced after the patch"):
         unpatch(model)
+    assert [(type(module), getattr(module, "processor", None)) for module in model.modules()] == patched
     del late.forward
     unpatch(model)
+    assert type(late).__name__ == "AdaLayerNormZero"
+
+
+def test_unpatching_keeps_processors_that_were_set_since() -> None:
+    case = BY_NAME["DiTTransformer2DModel"]
+    model = case.model()
+    before = case.call(model)
+    patch(model)
+    chosen = AttnProcessor()
+    model.transformer_blocks[0].attn1.set_processor(chosen)
+    unpatch(model)
+    assert model.transformer_blocks[0].attn1.processor is chosen
+    assert type(model.transformer_blocks[1].attn1.processor) is AttnProcessor2_0
+    torch.testing.assert_close(case.call(model), before)
 
 
 def test_random_numbers_are_those_without_a_patch() -> None:

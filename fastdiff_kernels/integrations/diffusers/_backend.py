@@ -5,15 +5,17 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from diffusers.models import attention_dispatch as host
 from torch import Tensor, nn
 
+from ._host import attention_dispatch as host
 from ._masks import key_lengths
-from ._processors import attend
+from ._processors import BACKEND as NAME
+from ._processors import Fused, attend
 
-NAME = "fastdiff"
-# What processors had before, so that nothing stays behind when the backend goes.
-_chosen: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+# On a processor, and so on its copies: what it had before.
+_BEFORE = "_fastdiff_backend_before"
+# Those that have it, so that nothing stays behind when the backend goes.
+_chosen: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def attention_backend(
@@ -62,9 +64,11 @@ def register_attention_backend() -> None:
     Raises:
         RuntimeError: this release keeps its backends otherwise.
     """
-    if NAME in host.AttentionBackendName._value2member_map_:
+    if _member() is not None:
         return
-    names, registry = host.AttentionBackendName, host._AttentionBackendRegistry
+    names, registry = getattr(host, "AttentionBackendName", None), getattr(host, "_AttentionBackendRegistry", None)
+    if names is None or registry is None:
+        raise RuntimeError("diffusers has no attention_dispatch with AttentionBackendName and a registry: this release is not supported")
     for attribute in ("_backends", "_constraints", "_supported_arg_names"):
         if not isinstance(getattr(registry, attribute, None), dict):
             raise RuntimeError(f"diffusers' attention registry has no dict {attribute}: this release is not supported")
@@ -77,11 +81,15 @@ def register_attention_backend() -> None:
 
 
 def unregister_attention_backend() -> None:
-    """Removes the name again, and gives every processor that uses it what it had before."""
-    names, registry = host.AttentionBackendName, host._AttentionBackendRegistry
-    member = names._value2member_map_.get(NAME)
+    """Removes the name again, and gives every processor that got it by `set_attention_backend` what it had before.
+
+    Nobody knows which processors have it otherwise, by `model.set_attention_backend("fastdiff")` or as copies of others: those cannot
+    attend until `reset_attention_backend(model)`, before or after.
+    """
+    member = _member()
     if member is None:
         return
+    names, registry = host.AttentionBackendName, host._AttentionBackendRegistry
     for processor in list(_chosen):
         _restore(processor)
     if registry._active_backend == member:
@@ -109,22 +117,31 @@ def set_attention_backend(model: nn.Module) -> int:
         raise ValueError(f"no attention processor of {type(model).__name__} goes through diffusers' dispatcher; use patch(model)")
     register_attention_backend()
     for processor in processors:
-        _chosen.setdefault(processor, processor._attention_backend)
-        processor._attention_backend = host.AttentionBackendName(NAME)
+        if processor._attention_backend != NAME:
+            setattr(processor, _BEFORE, processor._attention_backend)
+            processor._attention_backend = _member()
+        _chosen.add(processor)
     return len(processors)
 
 
 def reset_attention_backend(model: nn.Module) -> None:
-    """Undoes `set_attention_backend`: every processor has the backend it had."""
+    """Undoes `set_attention_backend`: every processor has the backend it had, or another that was set since."""
     for processor in _processors(model):
         _restore(processor)
 
 
+def _member() -> Any:
+    return getattr(getattr(host, "AttentionBackendName", None), "_value2member_map_", {}).get(NAME)
+
+
 def _processors(model: nn.Module) -> list[Any]:
+    """The model's processors, and of a patched one those that were replaced."""
     found = (getattr(module, "processor", None) for module in model.modules())
-    return [processor for processor in found if processor is not None]
+    return [processor.replaced if isinstance(processor, Fused) else processor for processor in found if processor is not None]
 
 
 def _restore(processor: Any) -> None:
-    if processor in _chosen:
-        processor._attention_backend = _chosen.pop(processor)
+    before = vars(processor).pop(_BEFORE, None)  # None is diffusers' own default
+    _chosen.discard(processor)
+    if getattr(processor, "_attention_backend", None) == NAME:
+        processor._attention_backend = before

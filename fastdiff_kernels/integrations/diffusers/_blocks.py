@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 
 from .._swap import Replacement, swap
 from . import _processors
 from ._deferred import REPLACEMENTS
+from ._host import BasicTransformerBlock, FluxSingleTransformerBlock, FluxTransformerBlock, JointTransformerBlock, WanTransformerBlock
 
 # Norms that the block modulates; what it gates, of which attentions by their processors.
 _PARTS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -33,6 +31,8 @@ def parts(block: Any) -> dict[str, nn.Module]:
 
 def refusal(part: Any) -> str | None:
     """Why one of these modules, other than an attention, is left, or None."""
+    if hasattr(part, "lora_A"):  # its class may be named as the layer's that it holds
+        return "it is a LoRA layer, which adds to the branch before the block gates it"
     if type(part) not in REPLACEMENTS:
         return f"it is a {type(part).__name__}, which is not known here"
     if isinstance(part, nn.LayerNorm) and part.weight is not None:
@@ -42,7 +42,7 @@ def refusal(part: Any) -> str | None:
 
 def fuse(part: Any) -> bool:
     """Makes a norm or a branch wait for what the block does with it; False where nobody here computes it."""
-    if isinstance(getattr(part, "processor", None), _processors.FUSED):
+    if isinstance(getattr(part, "processor", None), _processors.Fused):
         part.processor.gated = True
         return True
     if type(part) in REPLACEMENTS:

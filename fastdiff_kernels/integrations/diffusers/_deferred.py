@@ -13,15 +13,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention import FeedForward
-from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
 from ... import ops
 from .._policy import pays
 from .._swap import Replacement, is_watched
+from ._host import FeedForward, FP32LayerNorm
 
 _TIMES = (torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 _PLUS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
@@ -200,7 +198,6 @@ def _waits(module: nn.Module, x: Tensor, op: str) -> bool:
         or type(x) is not Tensor
         or x.dim() != 3
         or is_watched(module)
-        or _has_any_global_hook()
         or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
         or not pays(op, x)
     )

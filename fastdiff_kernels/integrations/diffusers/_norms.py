@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models import normalization as host
 from torch import Tensor, nn
 
 from ... import ops
 from .._policy import pays
 from .._swap import Replacement, is_watched
+from . import _host as host
 
 
 class FusedAdaLayerNormZero(Replacement, host.AdaLayerNormZero):

@@ -6,16 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import diffusers
-from diffusers.models import normalization as host
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_flux import FluxAttention
-from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
 from .._report import Entry, PatchReport
-from .._swap import Replacement, restore, swap
+from .._swap import Replacement, restore_all, swap
 from . import _blocks, _norms, _processors, _resnet
+from . import _host as host
 from ._probes import difference, swap_output, swap_resnet
 
 MODELS = (
@@ -27,7 +23,7 @@ MODELS = (
     "FluxTransformer2DModel",
     "WanTransformer3DModel",
 )
-_ATTENTIONS = (Attention, FluxAttention, WanAttention)
+_ATTENTIONS = (host.Attention, host.FluxAttention, host.WanAttention)
 _HOOKED = "its forward was replaced by hooks (offloading); patch before those are added"
 _BLOCK = "its forward is its own; the modulation, gates and residuals in it are computed by ops where its modules below are replaced"
 _NO_OP = "no op here computes it"
@@ -46,52 +42,57 @@ def patch(model_or_pipeline: Any) -> PatchReport:
 
     Args:
         model_or_pipeline: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel,
-            FluxTransformer2DModel or WanTransformer3DModel, a torch.compile of one, or a pipeline whose components they are. What else a
-            pipeline holds is left alone. A patched model is left as it is.
+            FluxTransformer2DModel or WanTransformer3DModel, a torch.compile of one, or a pipeline whose components they are. Other
+            models are left alone, in a pipeline too. A patched model is left as it is.
 
     Returns:
-        PatchReport: every module, replaced with what, or left and why.
+        PatchReport: every module, replaced with what, or left and why; and which classes this release of diffusers does not have.
 
     Raises:
-        TypeError: neither one of these models nor a pipeline.
+        TypeError: neither a module nor a pipeline.
     """
     entries: list[Entry] = []
-    models = list(_models(model_or_pipeline, entries))
-    for prefix, model in models:
-        entries += _patch_model(prefix, model)
-    return PatchReport(type(_unwrapped(model_or_pipeline)).__name__, entries)
+    for prefix, model in _models(model_or_pipeline):
+        entries += _patch_model(prefix, model) if _is_known(model) else _leave_model(prefix, model)
+    return PatchReport(type(_unwrapped(model_or_pipeline)).__name__, entries, host.MISSING)
 
 
 def unpatch(model_or_pipeline: Any) -> None:
     """Undoes `patch`: every module has its own class and the very processor object it had. Processors set since are kept.
 
     Raises:
-        TypeError: as `patch`. RuntimeError: offloading hooks were added after `patch`; remove those first.
+        TypeError: as `patch`. RuntimeError: offloading hooks were added after `patch`; remove those first. Nothing is undone then.
     """
-    for prefix, model in _models(model_or_pipeline, []):
-        for name, module in model.named_modules():
-            if isinstance(module, Replacement):
-                restore(module, _join(prefix, name))
-            processor = getattr(module, "processor", None)
-            if isinstance(processor, _processors.FUSED):
-                module.set_processor(processor.replaced)
+    models = [(prefix, model) for prefix, model in _models(model_or_pipeline) if _is_known(model)]
+    modules = [(_join(prefix, name), module) for prefix, model in models for name, module in model.named_modules()]
+    restore_all((name, module) for name, module in modules if isinstance(module, Replacement))
+    for _, module in modules:
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, _processors.Fused):
+            module.set_processor(processor.replaced)
 
 
-def _models(model_or_pipeline: Any, entries: list[Entry]) -> Iterator[tuple[str, nn.Module]]:
-    known = tuple(getattr(diffusers, name) for name in MODELS if hasattr(diffusers, name))
+def _models(model_or_pipeline: Any) -> Iterator[tuple[str, Any]]:
     model = _unwrapped(model_or_pipeline)
-    if isinstance(model, known):
+    if isinstance(model, nn.Module):
         yield "", model
         return
     components = getattr(model, "components", None)
     if not isinstance(components, dict):
-        raise TypeError(f"model_or_pipeline must be a pipeline or one of {', '.join(MODELS)}, got {type(model).__name__}")
+        raise TypeError(f"model_or_pipeline must be a module or a pipeline, got {type(model).__name__}")
     for name, component in components.items():
         component = _unwrapped(component)
-        if isinstance(component, known):
+        if isinstance(component, nn.Module):
             yield name, component
-        elif isinstance(component, nn.Module):
-            entries.append(Entry(name, type(component).__name__, reason="not one of the models that are known here"))
+
+
+def _is_known(model: nn.Module) -> bool:
+    return isinstance(model, tuple(getattr(diffusers, name) for name in MODELS if hasattr(diffusers, name)))
+
+
+def _leave_model(prefix: str, model: nn.Module) -> list[Entry]:
+    reason = f"{type(model).__name__} is not one of the models that are known here"
+    return [Entry(_join(prefix, name), type(module).__name__, reason=reason) for name, module in model.named_modules()]
 
 
 def _unwrapped(model: Any) -> Any:
@@ -103,7 +104,7 @@ def _patch_model(prefix: str, model: Any) -> list[Entry]:
     found: dict[int, Entry] = {}
     # Blocks first: they know which norm an activation follows.
     for name, module in modules.items():
-        if type(module) is ResnetBlock2D:
+        if type(module) is host.ResnetBlock2D:
             _patch_resnet(_join(prefix, name), module, found)
     if hasattr(model, "conv_norm_out"):
         _patch_output(prefix, model, found)
@@ -141,6 +142,8 @@ def _patch_module(name: str, module: Any) -> Entry:
 def _plain_reason(module: Any) -> str:
     if type(module) in _blocks.KINDS and _blocks.parts(module):
         return _BLOCK
+    if hasattr(module, "processor"):
+        return "an attention of a class that is not known here"
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm, host.RMSNorm)):
         return "computed within attention or by PyTorch; its modulation, if any, is in the block's forward"
     return _NO_OP
@@ -148,7 +151,7 @@ def _plain_reason(module: Any) -> str:
 
 def _patch_attention(name: str, module: Any) -> Entry:
     processor = module.processor
-    if isinstance(processor, _processors.FUSED):
+    if isinstance(processor, _processors.Fused):
         return Entry(name, type(processor.replaced).__name__, replacement=type(processor).__name__)
     reason = _processors.refusal(module) or _difference(processor)
     if reason is not None:

@@ -5,24 +5,18 @@ A release that computes something else than the one written against is thereby l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
-from diffusers.models import normalization as host
-from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
-from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from .. import _swap
 from .._policy import everywhere
 from . import _blocks, _norms, _processors, _resnet
+from . import _host as host
 from ._deferred import Deferred
 
 # Far above rounding in float32, far below any change of a formula at these random weights.
@@ -32,27 +26,40 @@ _TOLERANCE = 1e-4
 @cache
 def difference(replaced: Any) -> str | None:
     """Why nothing of the class `replaced` (a layer, a block, a processor) may be replaced here, or None."""
-    with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+    cases = _CASES[replaced]
+    with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), _float32():
         torch.manual_seed(0)
         try:
-            cases = _CASES[replaced]()
-        except (TypeError, AttributeError) as error:
-            return f"diffusers' {replaced.__name__} is built otherwise than known here: {error}"
-        for module, replace, args, kwargs in cases:
-            _randomise(module)
-            before = _flat(module(*args, **kwargs))
-            replace(module)
-            waited = Deferred.computed
-            with everywhere():
-                after = _flat(module(*args, **kwargs))
-            if Deferred.computed != waited:
-                return f"this version's {replaced.__name__} does something else between its modules than the one known here"
-            if len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=True)):
-                return f"this version's {replaced.__name__} returns other tensors than the one known here"
-            largest = max((a - b).abs().max().item() / max(1.0, b.abs().max().item()) for a, b in zip(after, before, strict=True))
-            if not largest <= _TOLERANCE:
-                return f"this version's {replaced.__name__} computes something else than the one known here (difference {largest:.1e})"
-    return None
+            found = next(filter(None, (_differs(case) for case in cases())), None)
+        except Exception as error:  # whatever another release says to what this one takes
+            found = f"cannot be built and called as the one known here: {type(error).__name__}: {' '.join(str(error).split())}"
+    return None if found is None else f"this version's {replaced.__name__} {found}"
+
+
+def _differs(case: _Case) -> str | None:
+    module, replace, args, kwargs = case
+    _randomise(module)
+    before = _flat(module(*args, **kwargs))
+    replace(module)
+    waited = Deferred.computed
+    with everywhere():
+        after = _flat(module(*args, **kwargs))
+    if Deferred.computed != waited:
+        return "does something else between its modules than the one known here"
+    if [a.shape for a in after] != [b.shape for b in before]:
+        return "returns other tensors than the one known here"
+    largest = max((a - b).abs().max().item() / max(1.0, b.abs().max().item()) for a, b in zip(after, before, strict=True))
+    return None if largest <= _TOLERANCE else f"computes something else than the one known here (difference {largest:.1e})"
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 _Case = tuple[nn.Module, Callable[[nn.Module], object], tuple, dict]
@@ -71,14 +78,14 @@ def _norm_case(build: Callable[[], nn.Module], *extra: tuple[int, ...]) -> Calla
 
 def _resnet_cases() -> list[_Case]:
     def build(**options: Any) -> nn.Module:
-        return ResnetBlock2D(in_channels=4, out_channels=8, temb_channels=6, groups=2, **options).float()
+        return host.ResnetBlock2D(in_channels=4, out_channels=8, temb_channels=6, groups=2, **options).float()
 
     args = _randn(2, 4, 4, 4), _randn(2, 6)
     kinds: list[dict] = [{}, {"time_embedding_norm": "scale_shift"}, {"up": True}, {"down": True}]
     return [(build(**kind), swap_resnet, args, {}) for kind in kinds]
 
 
-def _output_cases(build: Callable[..., nn.Module], *extra: Tensor) -> Callable[[], list[_Case]]:
+def _output_cases(build: Callable[..., nn.Module], *extra: tuple[int, ...]) -> Callable[[], list[_Case]]:
     def cases() -> list[_Case]:
         model = build(
             sample_size=4,
@@ -91,15 +98,15 @@ def _output_cases(build: Callable[..., nn.Module], *extra: Tensor) -> Callable[[
             up_block_types=("UpBlock2D",),
             **({"attention_head_dim": 2, "add_attention": False} if not extra else {"mid_block_type": None, "cross_attention_dim": 4}),
         )
-        args = (_randn(2, 2, 4, 4), torch.tensor([3, 700]), *extra)
+        args = (_randn(2, 2, 4, 4), torch.tensor([3, 700]), *(torch.zeros(shape) for shape in extra))
         return [(model.float(), swap_output, args, {"return_dict": False})]
 
     return cases
 
 
 def _attention_cases() -> list[_Case]:
-    spatial = Attention(8, heads=2, dim_head=4, norm_num_groups=2, bias=True, residual_connection=True, rescale_output_factor=2.0)
-    cross = Attention(8, cross_attention_dim=6, heads=2, dim_head=4, cross_attention_norm="layer_norm", qk_norm="layer_norm")
+    spatial = host.Attention(8, heads=2, dim_head=4, norm_num_groups=2, bias=True, residual_connection=True, rescale_output_factor=2.0)
+    cross = host.Attention(8, cross_attention_dim=6, heads=2, dim_head=4, cross_attention_norm="layer_norm", qk_norm="layer_norm")
     mask = torch.tensor([[[0.0, 0, 0, 0, 0]], [[0.0, 0, -10000, -10000, -10000]]])  # [B, 1, M]
     return [
         (spatial, _swap_processor, (_randn(2, 8, 3, 3),), {}),
@@ -108,8 +115,8 @@ def _attention_cases() -> list[_Case]:
 
 
 def _joint_cases() -> list[_Case]:
-    processor = _processors.JointAttnProcessor2_0()
-    joint = Attention(
+    processor = host.JointAttnProcessor2_0()
+    joint = host.Attention(
         8,
         added_kv_proj_dim=8,
         heads=2,
@@ -123,18 +130,18 @@ def _joint_cases() -> list[_Case]:
 
 
 def _flux_cases() -> list[_Case]:
-    double = FluxAttention(8, heads=2, dim_head=4, out_dim=8, added_kv_proj_dim=8, context_pre_only=False, bias=True)
-    single = FluxAttention(8, heads=2, dim_head=4, out_dim=8, pre_only=True, bias=True)
+    double = host.FluxAttention(8, heads=2, dim_head=4, out_dim=8, added_kv_proj_dim=8, context_pre_only=False, bias=True)
+    single = host.FluxAttention(8, heads=2, dim_head=4, out_dim=8, pre_only=True, bias=True)
     angles = _randn(7, 2).repeat_interleave(2, dim=1)
     rotary = {"image_rotary_emb": (angles.cos(), angles.sin())}
     return [(double, _swap_processor, (_randn(2, 4, 8), _randn(2, 3, 8)), rotary), (single, _swap_processor, (_randn(2, 7, 8),), rotary)]
 
 
 def _wan_cases() -> list[_Case]:
-    alone, cross = WanAttention(8, heads=2, dim_head=4), WanAttention(8, heads=2, dim_head=4, cross_attention_dim_head=4)
+    alone, cross = host.WanAttention(8, heads=2, dim_head=4), host.WanAttention(8, heads=2, dim_head=4, cross_attention_dim_head=4)
     angles = _randn(1, 5, 1, 2).repeat_interleave(2, dim=3)
     for module in (alone, cross):
-        module.set_processor(_processors.WanAttnProcessor())
+        module.set_processor(host.WanAttnProcessor())
     return [
         (alone, _swap_processor, (_randn(2, 5, 8), None, None, (angles.cos(), angles.sin())), {}),
         (cross, _swap_processor, (_randn(2, 5, 8), _randn(2, 3, 8)), {}),
@@ -143,8 +150,8 @@ def _wan_cases() -> list[_Case]:
 
 def _basic_block_cases() -> list[_Case]:
     options: dict = {"attention_bias": True, "norm_elementwise_affine": False}
-    zero = BasicTransformerBlock(8, 2, 4, norm_type="ada_norm_zero", num_embeds_ada_norm=10, **options).eval()
-    single = BasicTransformerBlock(8, 2, 4, norm_type="ada_norm_single", cross_attention_dim=8, **options)
+    zero = host.BasicTransformerBlock(8, 2, 4, norm_type="ada_norm_zero", num_embeds_ada_norm=10, **options).eval()
+    single = host.BasicTransformerBlock(8, 2, 4, norm_type="ada_norm_single", cross_attention_dim=8, **options)
     x, labels = _randn(2, 4, 8), torch.tensor([3, 7])
     return [
         (zero, _swap_block, (x,), {"timestep": labels, "class_labels": labels}),
@@ -155,19 +162,19 @@ def _basic_block_cases() -> list[_Case]:
 def _joint_block_cases() -> list[_Case]:
     args = _randn(2, 4, 8), _randn(2, 3, 8), _randn(2, 8)
     kinds: list[dict] = [{"use_dual_attention": True, "qk_norm": "rms_norm"}, {}]
-    return [(JointTransformerBlock(8, 2, 4, **kind), _swap_block, args, {}) for kind in kinds]
+    return [(host.JointTransformerBlock(8, 2, 4, **kind), _swap_block, args, {}) for kind in kinds]
 
 
 def _flux_block_cases() -> list[_Case]:
-    return [(FluxTransformerBlock(8, 2, 4), _swap_block, (_randn(2, 4, 8), _randn(2, 3, 8), _randn(2, 8)), {})]
+    return [(host.FluxTransformerBlock(8, 2, 4), _swap_block, (_randn(2, 4, 8), _randn(2, 3, 8), _randn(2, 8)), {})]
 
 
 def _flux_single_block_cases() -> list[_Case]:
-    return [(FluxSingleTransformerBlock(8, 2, 4), _swap_block, (_randn(2, 4, 8), _randn(2, 3, 8), _randn(2, 8)), {})]
+    return [(host.FluxSingleTransformerBlock(8, 2, 4), _swap_block, (_randn(2, 4, 8), _randn(2, 3, 8), _randn(2, 8)), {})]
 
 
 def _wan_block_cases() -> list[_Case]:
-    block = WanTransformerBlock(dim=8, ffn_dim=12, num_heads=2, cross_attn_norm=True)
+    block = host.WanTransformerBlock(dim=8, ffn_dim=12, num_heads=2, cross_attn_norm=True)
     angles = _randn(1, 5, 1, 2).repeat_interleave(2, dim=3)
     rest = _randn(2, 3, 8), _randn(2, 6, 8), (angles.cos(), angles.sin())
     return [(block, _swap_block, (_randn(2, 5, 8), *rest), {})]
@@ -178,18 +185,18 @@ _CASES: dict[type, Callable[[], list[_Case]]] = {
     host.AdaLayerNormZeroSingle: _norm_case(lambda: host.AdaLayerNormZeroSingle(8), (2, 8)),
     host.SD35AdaLayerNormZeroX: _norm_case(lambda: host.SD35AdaLayerNormZeroX(8), (2, 8)),
     host.AdaLayerNormContinuous: _norm_case(lambda: host.AdaLayerNormContinuous(8, 6, elementwise_affine=False), (2, 6)),
-    ResnetBlock2D: _resnet_cases,
-    UNet2DModel: _output_cases(UNet2DModel),
-    UNet2DConditionModel: _output_cases(UNet2DConditionModel, torch.zeros(2, 1, 4)),
-    _processors.AttnProcessor2_0: _attention_cases,
-    _processors.JointAttnProcessor2_0: _joint_cases,
-    _processors.FluxAttnProcessor: _flux_cases,
-    _processors.WanAttnProcessor: _wan_cases,
-    BasicTransformerBlock: _basic_block_cases,
-    JointTransformerBlock: _joint_block_cases,
-    FluxTransformerBlock: _flux_block_cases,
-    FluxSingleTransformerBlock: _flux_single_block_cases,
-    WanTransformerBlock: _wan_block_cases,
+    host.ResnetBlock2D: _resnet_cases,
+    host.UNet2DModel: _output_cases(host.UNet2DModel),
+    host.UNet2DConditionModel: _output_cases(host.UNet2DConditionModel, (2, 1, 4)),
+    host.AttnProcessor2_0: _attention_cases,
+    host.JointAttnProcessor2_0: _joint_cases,
+    host.FluxAttnProcessor: _flux_cases,
+    host.WanAttnProcessor: _wan_cases,
+    host.BasicTransformerBlock: _basic_block_cases,
+    host.JointTransformerBlock: _joint_block_cases,
+    host.FluxTransformerBlock: _flux_block_cases,
+    host.FluxSingleTransformerBlock: _flux_single_block_cases,
+    host.WanTransformerBlock: _wan_block_cases,
 }
 
 
@@ -199,13 +206,13 @@ def swap_resnet(block: Any) -> None:
     plain = block.time_embedding_norm == "scale_shift"
     _swap.swap(block.norm1, _resnet.FusedGroupNormSiLU)
     _swap.swap(block.norm2, _resnet.FusedGroupNorm if plain else _resnet.FusedGroupNormSiLU)
-    _swap.swap(block.nonlinearity, _resnet.SiLUUnlessFused)
+    _swap.swap(block.nonlinearity, _resnet.SiLUAfterNorm)
 
 
 def swap_output(model: Any) -> None:
     """Fuses a U-Net's last norm with the activation after it."""
     _swap.swap(model.conv_norm_out, _resnet.FusedGroupNormSiLU)
-    _swap.swap(model.conv_act, _resnet.SiLUUnlessFused)
+    _swap.swap(model.conv_act, _resnet.SiLUAfterNorm)
 
 
 def _swap_norms(module: Any) -> None:

@@ -1,7 +1,7 @@
 """Attention processors: norms of q and k with the rotation, and attention, by ops; projections and the rest as diffusers does it.
 
-Each is a subclass of the processor it stands in for, and hands to it what it cannot do: masks other than key padding, another attention
-backend, context parallelism. `gated` says that the block multiplies the result by a gate and adds it to its stream (see `_deferred`).
+Each is a subclass of the processor it stands in for, keeps that, and hands to it what it cannot do: masks other than key padding, another
+attention backend, context parallelism.
 """
 
 from __future__ import annotations
@@ -10,10 +10,6 @@ import warnings
 from typing import Any, cast
 
 import torch
-from diffusers.models import normalization as host
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
-from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
 
 from ... import ops
@@ -21,21 +17,36 @@ from ...ops.attention import MAX_HEAD_DIM
 from .._policy import pays
 from .._swap import is_watched
 from ._deferred import branch
+from ._host import AttnProcessor2_0, FluxAttnProcessor, JointAttnProcessor2_0, RMSNorm, WanAttnProcessor
 from ._masks import key_lengths
 
+BACKEND = "fastdiff"
+"""This package's attention in diffusers' dispatcher."""
 
-class FusedAttnProcessor(AttnProcessor2_0):
-    """For `AttnProcessor2_0`: U-Nets, DiT, PixArt."""
+
+def _of_replaced(name: str) -> Any:
+    return property(lambda self: getattr(self.replaced, name), lambda self, value: setattr(self.replaced, name, value))
+
+
+class Fused:
+    """Mixed into every processor here. `replaced` is what it stands in for; what diffusers sets on a processor is set on that one alone,
+    so that it stays when `replaced` comes back."""
 
     gated = False
+    """Whether the block multiplies the result by a gate and adds it to its stream (see `_deferred`)."""
+    _attention_backend = _of_replaced("_attention_backend")
+    _parallel_config = _of_replaced("_parallel_config")
 
-    def __init__(self, replaced: AttnProcessor2_0) -> None:
-        super().__init__()
+    def __init__(self, replaced: Any) -> None:
         self.replaced = replaced
+
+
+class FusedAttnProcessor(Fused, AttnProcessor2_0):
+    """For `AttnProcessor2_0`: U-Nets, DiT, PixArt."""
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -48,7 +59,7 @@ class FusedAttnProcessor(AttnProcessor2_0):
             lengths = key_lengths(attention_mask, *_keys(hidden_states if encoder_hidden_states is None else encoder_hidden_states))
             if lengths is None:
                 _say_once(_TRACED if torch.compiler.is_compiling() else _NO_PADDING)
-                return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+                return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -79,18 +90,12 @@ class FusedAttnProcessor(AttnProcessor2_0):
         return branch(attn, hidden_states) if self.gated else hidden_states
 
 
-class FusedJointAttnProcessor(JointAttnProcessor2_0):
+class FusedJointAttnProcessor(Fused, JointAttnProcessor2_0):
     """For `JointAttnProcessor2_0`: both streams of SD3, and the second self-attention of SD3.5."""
-
-    gated = False
-
-    def __init__(self, replaced: JointAttnProcessor2_0) -> None:
-        super().__init__()
-        self.replaced = replaced
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -117,19 +122,12 @@ class FusedJointAttnProcessor(JointAttnProcessor2_0):
         return hidden_states, branch(attn, context) if self.gated else context
 
 
-class FusedFluxAttnProcessor(FluxAttnProcessor):
+class FusedFluxAttnProcessor(Fused, FluxAttnProcessor):
     """For `FluxAttnProcessor`: blocks of one and of two streams."""
-
-    gated = False
-
-    def __init__(self, replaced: FluxAttnProcessor) -> None:
-        super().__init__()
-        self.replaced = replaced
-        _take_choices(self, replaced)
 
     def __call__(
         self,
-        attn: FluxAttention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -137,7 +135,7 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if attention_mask is not None or _has_choices(self):
             _say_once("an attention mask, another attention backend or context parallelism is left to diffusers' Flux processor")
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         cos = sin = None
         if image_rotary_emb is not None:
             # Each angle stands twice, once for each element of a pair.
@@ -160,19 +158,12 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
         return (branch(attn, image), branch(attn, context)) if self.gated else (image, context)
 
 
-class FusedWanAttnProcessor(WanAttnProcessor):
+class FusedWanAttnProcessor(Fused, WanAttnProcessor):
     """For `WanAttnProcessor`: self-attention with rotation, cross-attention to text and, in image-to-video, to the image."""
-
-    gated = False
-
-    def __init__(self, replaced: WanAttnProcessor) -> None:
-        super().__init__()
-        self.replaced = replaced
-        _take_choices(self, replaced)
 
     def __call__(
         self,
-        attn: WanAttention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -181,7 +172,7 @@ class FusedWanAttnProcessor(WanAttnProcessor):
         # How many of the keys belong to an image is a constant inside diffusers' processor.
         if attention_mask is not None or attn.add_k_proj is not None or _has_choices(self):
             _say_once("image keys, an attention mask, another attention backend or context parallelism is left to diffusers' Wan processor")
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         cos = sin = None
         if rotary_emb is not None:
             cos, sin = rotary_emb[0][0, :, 0, 0::2], rotary_emb[1][0, :, 0, 1::2]  # [N, D/2]
@@ -204,7 +195,6 @@ REPLACEMENTS: dict[type, type] = {
     FluxAttnProcessor: FusedFluxAttnProcessor,
     WanAttnProcessor: FusedWanAttnProcessor,
 }
-FUSED: Any = tuple(REPLACEMENTS.values())
 
 
 def refusal(attn: Any) -> str | None:
@@ -246,7 +236,7 @@ def _one_norm(norm_q: Any, norm_k: Any, query: Tensor) -> tuple[str, Tensor | No
     """(norm, weights, eps) as `ops.qk_norm_rope` takes them, or None where the two norms are not one of its."""
     if type(norm_q) is not type(norm_k) or norm_q is None or norm_k is None or is_watched(norm_q) or is_watched(norm_k):
         return None
-    if isinstance(norm_q, (nn.RMSNorm, host.RMSNorm)):
+    if isinstance(norm_q, (nn.RMSNorm, RMSNorm)):
         kind = "rms"
     elif isinstance(norm_q, nn.LayerNorm):
         kind = "layer"
@@ -257,7 +247,7 @@ def _one_norm(norm_q: Any, norm_k: Any, query: Tensor) -> tuple[str, Tensor | No
         return None
     if norm_q.eps is None or any(w is not None and w.dtype not in (query.dtype, torch.float32) for w in weights):
         return None
-    (width,) = norm_q.dim if isinstance(norm_q, host.RMSNorm) else norm_q.normalized_shape
+    (width,) = norm_q.dim if isinstance(norm_q, RMSNorm) else norm_q.normalized_shape
     return f"{kind}_heads" if width != query.shape[3] else kind, *weights, norm_q.eps
 
 
@@ -291,13 +281,9 @@ def _keys(x: Tensor) -> tuple[int, int]:
     return x.shape[0], x.shape[1] if x.dim() == 3 else x.shape[2:].numel()
 
 
-def _take_choices(processor: Any, replaced: Any) -> None:
-    processor._attention_backend = getattr(replaced, "_attention_backend", None)
-    processor._parallel_config = getattr(replaced, "_parallel_config", None)
-
-
 def _has_choices(processor: Any) -> bool:
-    return processor._attention_backend is not None or processor._parallel_config is not None
+    backend = getattr(processor, "_attention_backend", None)
+    return backend not in (None, BACKEND) or getattr(processor, "_parallel_config", None) is not None
 
 
 _NO_PADDING = "an attention mask that is not padding behind the keys is left to diffusers' processor"

@@ -1,11 +1,13 @@
 """Group norms with the SiLU that follows them.
 
-In diffusers they are neighbouring modules of one block, `norm1`, `nonlinearity`. The norm computes both and marks its output; the
-activation returns a tensor with that mark as it is, and activates any other (the block also uses it for the time embedding). Should
-something come between the two, the mark is lost and the result differs by far, which `probes` would show before anything is replaced.
+In diffusers they are neighbouring modules of a block, `norm1`, `nonlinearity`. The norm returns a result that waits (see `_deferred`), and
+the activation, called with it, computes both; of anything else (the block also uses it for the time embedding) it is SiLU. Whatever comes
+between the two, or watches one of them, gets the norm's tensor.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,21 @@ from torch import Tensor, nn
 from ... import ops
 from .._policy import pays
 from .._swap import Replacement, is_watched
+from ._deferred import Deferred
 
-_MARK = "_fastdiff_activated"
+
+class GroupNormed(Deferred):
+    """group_norm(x), which may become SiLU(group_norm(x))."""
+
+    def __init__(self, norm: FusedGroupNormSiLU, x: Tensor) -> None:
+        self.norm, self.x = norm, x
+
+    def compute(self) -> Tensor:
+        return self.norm.plain(self.x)
+
+    def activated(self) -> Tensor:
+        norm = self.norm
+        return ops.group_norm_silu(self.x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps)
 
 
 class FusedGroupNorm(Replacement, nn.GroupNorm):
@@ -34,23 +49,24 @@ class FusedGroupNormSiLU(Replacement, nn.GroupNorm):
 
     replaces = nn.GroupNorm
 
-    def forward(self, input: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def forward(self, input: Tensor) -> Any:
         if torch.compiler.is_compiling() or is_watched(self) or not pays("group_norm_silu", input):
-            return super().forward(input)
-        return _marked(ops.group_norm_silu(input, self.num_groups, self.weight, self.bias, eps=self.eps))
+            return self.plain(input)
+        return GroupNormed(self, input)
 
 
-class SiLUUnlessFused(Replacement, nn.SiLU):
-    """SiLU, but of what a fused norm has activated already."""
+class SiLUAfterNorm(Replacement, nn.SiLU):
+    """SiLU, together with the group norm before it where that waits."""
 
     replaces = nn.SiLU
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and hasattr(input, _MARK):
-            return input
-        return super().forward(input)
-
-
-def _marked(activated: Tensor) -> Tensor:
-    setattr(activated, _MARK, True)
-    return activated
+    # Before the module's hooks, which see tensors.
+    def __call__(self, input: Any) -> Any:
+        if isinstance(input, GroupNormed):
+            if not is_watched(self):
+                return input.activated()
+            input = input.tensor()
+        return super().__call__(input)
