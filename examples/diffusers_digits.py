@@ -72,7 +72,7 @@ def main(out: Path, train: int = 1500, distil: int = 400, channels: int = 32, ba
     for _ in (bar := tqdm(range(distil), "distillation", dynamic_ncols=True)):
         bar.set_postfix(gap=f"{sim.step(batch)['gap']:.4f}", refresh=False)
 
-    scheduler = student_scheduler(ddpm, SIGMA_INIT)
+    scheduler = student_scheduler(ddpm, sim, host_only=True)
     diffusers.ConsistencyModelPipeline(unet=sim.generator.model, scheduler=scheduler).save_pretrained(out / "pipeline")
     pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(out / "pipeline")
     pipeline.set_progress_bar_config(disable=True)

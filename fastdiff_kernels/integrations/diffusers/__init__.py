@@ -9,12 +9,14 @@ from ._denoiser import as_denoiser
 from ._patch import patch, unpatch
 from ._skip import SkipHandle, disable_adaptive_skip, enable_adaptive_skip
 from ._student import student_scheduler
+from .scheduler import StudentScheduler
 
 __all__ = [
     "Entry",
     "ModelDenoiser",
     "PatchReport",
     "SkipHandle",
+    "StudentScheduler",
     "as_denoiser",
     "disable_adaptive_skip",
     "enable_adaptive_skip",

@@ -57,7 +57,9 @@ def as_denoiser(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if check_number(guidance, "guidance") != 1 and unconditional is None:
         raise ValueError(f"guidance needs unconditional, which is None; got guidance = {guidance}")
-    parametrisation = _parametrisation(model, scheduler, time_scale)
+    parametrisation = scheduler_parametrisation(scheduler, time_scale)
+    if isinstance(parametrisation, Flow) and time_scale is None and type(getattr(model, "_orig_mod", model)).__name__ in _UNIT_TIME:
+        parametrisation = Flow(1.0)
     if sigma_data is None:
         sigma_data = getattr(scheduler.config, "sigma_data", None) or 1.0
     return ModelDenoiser(model, parametrisation, check_positive(sigma_data, "sigma_data"), guidance, unconditional, _call)
@@ -70,15 +72,14 @@ def _call(model: nn.Module, x: Tensor, time: Tensor, **conditioning: Any) -> Ten
 _DISCRETE: dict[str, Callable[[Tensor], Parametrisation]] = {"epsilon": Noise, "v_prediction": Velocity, "sample": Sample}
 
 
-def _parametrisation(model: nn.Module, scheduler: Any, time_scale: float | None) -> Parametrisation:
+def scheduler_parametrisation(scheduler: Any, time_scale: float | None = None) -> Parametrisation:
+    """What a model trained for the scheduler is given and returns; a flow's times are multiplied by its num_train_timesteps unless told."""
     config = getattr(scheduler, "config", None)
     if config is None:
         raise TypeError(f"scheduler must be a diffusers scheduler, got {type(scheduler).__name__}")
     name, prediction = type(scheduler).__name__, getattr(config, "prediction_type", None)
     if name.startswith("FlowMatch") or prediction == "flow_prediction":
-        if time_scale is None:
-            time_scale = 1.0 if type(model).__name__ in _UNIT_TIME else float(config.num_train_timesteps)
-        return Flow(check_positive(time_scale, "time_scale"))
+        return Flow(check_positive(float(config.num_train_timesteps) if time_scale is None else time_scale, "time_scale"))
     if time_scale is not None:
         raise ValueError(f"time_scale is for flow models, and {name} with prediction_type={prediction!r} is none")
     if name.startswith("EDM"):

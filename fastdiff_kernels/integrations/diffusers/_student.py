@@ -6,52 +6,91 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 
-from ..._checks import check_count, check_positive
+from ...diffusion import Schedule
+from ...distill import MomentMatchingDistiller, SIMDistiller
+from .._denoiser import Discrete, Flow, ModelDenoiser, Parametrisation
+from ._denoiser import scheduler_parametrisation
+from .scheduler import StudentScheduler
+
+Student = SIMDistiller | MomentMatchingDistiller | Schedule
 
 
-def student_scheduler(scheduler: Any, sigma_max: float, num_steps: int = 1) -> Any:
-    """A scheduler for a distilled `as_denoiser(model, scheduler)`, to be saved beside the model in a pipeline's folder.
+def student_scheduler(scheduler: Any, student: Student, *, host_only: bool = False) -> Any:
+    """The scheduler to save beside a distilled model in a pipeline's folder: the student's levels, timesteps and transitions.
 
-    Its table of noise levels is the teacher's up to sigma_max, which the last entry holds exactly, so that a pipeline's
-    `num_inference_steps=num_steps` starts there, at the timestep the student was trained with but for a fraction. One step is
-    x0 = D(sigma_max z, sigma_max), what `SIMDistiller` trains; several are ancestral ones (`EulerAncestralDiscreteScheduler`), whose law
-    q(x_s | x_t, x0 = D) is the one `MomentMatchingDistiller` samples from, at levels spaced evenly in timesteps.
+    A `StudentScheduler` makes the pipeline's loop the student's `sample`, for noise, velocity, sample, flow and EDM predictions and any
+    number of steps. Its class is this package's: `import fastdiff_kernels.integrations.diffusers` before `from_pretrained`. The pipeline
+    is called with num_inference_steps = the student's, with the guidance that was distilled (1 unless the teacher was guided).
+
+    The schedulers of diffusers space their timesteps evenly, or their levels by a formula, and so visit other levels than a student of
+    several steps. One step of a model with alphas_cumprod they can do: `host_only` gives an `EulerDiscreteScheduler` for it, whose folder
+    loads without this package. Its only timestep is the integer next to the one that the student was trained with, and the pipeline has to
+    scale noise by `init_noise_sigma` and inputs by `scale_model_input`, as Stable Diffusion's and ConsistencyModelPipeline do and DiT's
+    does not.
 
     Args:
-        scheduler: the teacher's, with alphas_cumprod and prediction_type epsilon or v_prediction.
-        sigma_max: the level the student starts from: sigma_init of SIM, sigma_max of moment matching.
-        num_steps: how many steps the pipeline will take.
-
-    Returns:
-        EulerDiscreteScheduler, or EulerAncestralDiscreteScheduler for several steps. The pipeline has to scale its noise by
-        `scheduler.init_noise_sigma` and its inputs by `scheduler.scale_model_input`, as Stable Diffusion's and ConsistencyModelPipeline do.
+        scheduler: the teacher's, that `as_denoiser` was given.
+        student: the recipe that distilled an `as_denoiser(model, scheduler)`; or the levels alone, as a `Schedule` that ends with 0.
+        host_only: return a scheduler of diffusers, or raise.
 
     Raises:
-        TypeError: scheduler has no alphas_cumprod. ValueError: sigma_max is outside of the
-            table; another prediction_type; num_steps exceeds its timesteps.
+        TypeError: an argument of the wrong kind; a scheduler that `as_denoiser` refuses; a student that is not of `as_denoiser`.
+        ValueError: a schedule that does not end with 0; with host_only, what no scheduler of diffusers does.
     """
-    check_positive(sigma_max, "sigma_max")
-    check_count(num_steps, "num_steps")
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if not isinstance(alphas, torch.Tensor):
-        raise TypeError(f"scheduler must have alphas_cumprod, and {type(scheduler).__name__} has none")
-    prediction = scheduler.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction"):
-        raise ValueError(f"scheduler must have prediction_type 'epsilon' or 'v_prediction', which Euler's take, got {prediction!r}")
-    abar = alphas.detach().double().cpu()
-    sigmas = ((1 - abar) / abar).sqrt()
-    if not sigmas[1] <= sigma_max <= sigmas[-1]:
-        raise ValueError(f"sigma_max must lie within the scheduler's table, {sigmas[1]:.4g} to {sigmas[-1]:.4g}, got {sigma_max}")
-    last = int((sigmas.log() - torch.tensor(sigma_max).double().log()).abs().argmin())
-    if num_steps > last + 1:
-        raise ValueError(f"num_steps must be at most {last + 1}, the timesteps up to sigma_max, got {num_steps}")
-    kept = torch.cat((abar[:last], 1 / (1 + torch.tensor([sigma_max]).double() ** 2)))
+    sigmas = _levels(student)
+    denoiser = None if isinstance(student, Schedule) else student.generator
+    parametrisation = scheduler_parametrisation(scheduler)
+    if denoiser is not None and not (isinstance(denoiser, ModelDenoiser) and type(denoiser.parametrisation) is type(parametrisation)):
+        raise TypeError(f"student must have been distilled from as_denoiser(model, scheduler), got one of {type(denoiser).__name__}")
+    if host_only:
+        return _euler(scheduler, parametrisation, sigmas)
+    # EDM's scale is the network's and flows and discrete schedules have none.
+    sigma_data = getattr(scheduler.config, "sigma_data", None) or 1.0 if denoiser is None else denoiser.sigma_data
+    skip, out = parametrisation.denoised(sigmas, sigma_data)
+    return StudentScheduler(
+        sigmas=sigmas.tolist(),
+        timesteps=parametrisation.time(sigmas).tolist(),
+        input_scale=parametrisation.scale(sigmas, sigma_data).tolist(),
+        skip=skip.tolist(),
+        out=out.tolist(),
+        num_train_timesteps=scheduler.config.num_train_timesteps,
+        use_flow_sigmas=isinstance(parametrisation, Flow),
+    )
+
+
+def _levels(student: Student) -> Tensor:
+    """The levels at which the student is called, float64 [num_steps]."""
+    if isinstance(student, SIMDistiller):
+        return torch.tensor([student.sigma_init], dtype=torch.float64)
+    if isinstance(student, MomentMatchingDistiller):
+        return student.sigma(torch.arange(student.num_steps, 0, -1) / student.num_steps).double()
+    if not isinstance(student, Schedule):
+        raise TypeError(f"student must be a SIMDistiller, a MomentMatchingDistiller or a Schedule, got {type(student).__name__}")
+    if student.sigmas[-1] != 0:
+        raise ValueError(f"student must end with the level 0, where its last step leads, got {student.sigmas[-1]:.4g}")
+    return student.sigmas[:-1]
+
+
+def _euler(scheduler: Any, parametrisation: Parametrisation, sigmas: Tensor) -> Any:
+    """The teacher's table up to the level, which its last entry holds exactly; one trailing step starts there."""
+    if not isinstance(parametrisation, Discrete):
+        raise ValueError(
+            f"no scheduler of diffusers starts a model of {type(scheduler).__name__} at a level of one's own: those of flows start at "
+            "t = 1, those of EDM scale noise by sqrt(sigma^2 + 1); use host_only=False"
+        )
+    if len(sigmas) > 1:
+        raise ValueError(f"no scheduler of diffusers is configured to the {len(sigmas)} levels of the student; use host_only=False")
+    sigma, table = float(sigmas[0]), parametrisation.log_sigmas.exp()
+    if not table[1] <= sigma <= table[-1]:
+        raise ValueError(f"the student's level must lie within the scheduler's table, {table[1]:.4g} to {table[-1]:.4g}, got {sigma:.4g}")
+    last = int((table.log() - sigmas.log()).abs().argmin())
+    kept = 1 / (1 + torch.cat((table[:last], sigmas)) ** 2)
     betas = 1 - kept / torch.cat((torch.ones(1, dtype=torch.float64), kept[:-1]))
-    kind = diffusers.EulerDiscreteScheduler if num_steps == 1 else diffusers.EulerAncestralDiscreteScheduler
-    return kind(
+    return diffusers.EulerDiscreteScheduler(
         num_train_timesteps=last + 1,
         trained_betas=betas.tolist(),
-        prediction_type=prediction,
+        prediction_type=scheduler.config.prediction_type,
         timestep_spacing="trailing",
     )
