@@ -56,6 +56,13 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", found, ids=[str(c).replace(" ", "-") for c in found])
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    known = dict.fromkeys(w.network for module in dict.fromkeys(item.module for item in items) for w in module.WORKLOADS)
+    if unknown := [name for name in config.getoption("--network") if name not in known]:
+        raise pytest.UsageError(f"--network must be one of {', '.join(map(repr, known))}; got {', '.join(map(repr, unknown))}")
+
+
 def _measured(config) -> set[str]:
     path = config.getoption("--save-rows")
     if path is None:
@@ -96,6 +103,7 @@ def _compiled(w, max_autotune: bool) -> dict:
         return {}
     found = {"compile": torch.compile(w.eager, dynamic=False)}
     if max_autotune:
+        # Without its own graphs: the harness captures every provider's call as one, and a capture cannot hold another.
         found["compile-max"] = torch.compile(w.eager, dynamic=False, mode="max-autotune-no-cudagraphs")
     return found
 

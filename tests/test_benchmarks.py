@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib
+import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import synchronisations
 from benchmarks.gpu_session import Piece, pieces, run
 from benchmarks.harness import FIELDS, Session, WrongResult, measured
 from benchmarks.memory import peak_bytes
 from benchmarks.provenance import device_name
+from benchmarks.synchronisations import TRAJECTORIES
 from benchmarks.timing import Times
 from benchmarks.workloads import QUICK, Case, Variant, Workload, cases, quick
 from fastdiff_kernels import ops
@@ -304,25 +307,107 @@ def test_a_gpu_session_goes_on_where_it_was_cut_off(tmp_path):
         Piece("slow", (sys.executable, "-c", f"import pathlib, time; pathlib.Path({str(marker)!r}).exists() or time.sleep(600)")),
         Piece("last", (sys.executable, "-c", "print('done')")),
     ]
-    cut = run(todo, tmp_path / "out", 8)
-    assert cut == {"first": "passed", "missing": "absent", "wrong": "failed 3", "slow": "left", "last": "left"}
+    cut = run(todo, tmp_path / "out", 5)
+    assert cut == {"first": "passed", "missing": "absent", "wrong": "failed 3", "slow": "cut off 1", "last": "left"}
+    again = run(todo, tmp_path / "out", 5)
+    assert again == {**cut, "slow": "cut off 2", "last": "passed"}, "what is slow is run after the others"
     marker.touch()
     whole = run(todo, tmp_path / "out", 600)
-    assert whole == {**cut, "slow": "passed", "last": "passed"}
+    assert whole == {**again, "slow": "passed"}
     assert (tmp_path / "count").read_text() == "x", "what had passed was not run again"
     assert (tmp_path / "out" / "last.log").read_text() == "done\n"
+
+
+def test_tests_that_were_cut_off_go_on_where_they_were(tmp_path):
+    """A test that never ends is run last from then on; one that fails is run, and fails, again."""
+    (tmp_path / "test_things.py").write_text(f"""
+import os, pathlib, signal
+here = pathlib.Path({str(tmp_path)!r})
+def note(name): (here / "ran").open("a").write(name)
+def test_a(): note("a")
+def test_b():
+    note("b")
+    if not (here / "now it ends").exists(): os.kill(os.getpid(), signal.SIGKILL)
+def test_c(): note("c")
+def test_d(): note("d"); assert (here / "now it passes").exists()
+""")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.unfinished", f"--unfinished={tmp_path / 'notes'}", str(tmp_path)]
+
+    def outcome(ran: str) -> int:
+        (tmp_path / "ran").write_text("")
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert (tmp_path / "ran").read_text() == ran, done.stdout
+        return done.returncode
+
+    assert outcome("ab") == -signal.SIGKILL
+    assert outcome("cdb") == -signal.SIGKILL
+    (tmp_path / "now it ends").touch()
+    assert outcome("db") == pytest.ExitCode.TESTS_FAILED
+    (tmp_path / "now it passes").touch()
+    assert outcome("d") == pytest.ExitCode.OK
+    assert outcome("") == pytest.ExitCode.OK, "nothing is left"
 
 
 def test_a_gpu_session_names_files_that_exist(tmp_path):
     for piece in pieces(tmp_path):
         for part in piece.command:
-            if part.startswith(("tests", "benchmarks")):
+            if part.startswith("benchmarks."):
+                assert importlib.util.find_spec(part), part
+            elif part.startswith(("tests", "benchmarks")):
                 assert (ROOT / part).exists(), part
 
 
 def test_a_gpu_session_measures_every_family(tmp_path):
     names = {piece.name for piece in pieces(tmp_path)}
     assert set(BENCHES) <= names
+
+
+def test_a_gpu_session_goes_on_with_the_tests_and_cases_that_are_left(tmp_path):
+    for piece in pieces(tmp_path):
+        assert ("pytest" in piece.command) == (f"--unfinished={tmp_path / piece.name}.tests" in piece.command)
+
+
+def test_a_gpu_session_has_the_longest_tuned_rivals_of_the_networks_with_targets(tmp_path):
+    (piece,) = [piece for piece in pieces(tmp_path) if "--max-autotune" in piece.command]
+    asked = {part.removeprefix("--network=") for part in piece.command if part.startswith("--network=")}
+    assert asked == {"DiT-XL/2", "EDM"}
+    assert asked <= {w.network for w in importlib.import_module("benchmarks.bench_blocks").WORKLOADS}
+
+
+def test_a_network_must_be_known():
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/bench_skipping.py", "--collect-only", "--network=pixels", "--network=SDXL"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--network must be one of 'SD', 'SD x 16', 'pixels', 'decisions'; got 'SDXL'" in done.stderr
+
+
+def test_only_the_networks_asked_for_are_measured():
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/bench_skipping.py", "--collect-only", "--network=pixels", "-k", "reused"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == pytest.ExitCode.OK, done.stderr
+    assert re.findall(r"test_speed\[(.*)\]", done.stdout) == ["solver_step-reused-pixels-4x3x256x256,-10-steps-float32-forward"]
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "euler, every second step"])
+def test_plain_trajectories_read_nothing_of_the_device(name):
+    """On "meta", where there is nothing to be read."""
+    assert synchronisations.draw(TRAJECTORIES[name], "meta")().shape == (4, 3, 16, 16)
+    assert TRAJECTORIES[name].events == 0
+
+
+def test_the_calls_of_a_profile_are_counted():
+    x = torch.ones(3)
+    assert synchronisations.calls(lambda: [x.sum().item() for _ in range(5)], ("aten::item",)) == {"aten::item": 5}
+    assert synchronisations.calls(synchronisations.draw(TRAJECTORIES["euler, official"], "cpu")) == {}, "a CPU waits for no device"
+
+
+def test_an_adaptive_trajectory_may_wait_for_each_decision_alone():
+    official = TRAJECTORIES["euler, official"]
+    reads = synchronisations.STEPS - official.skip.first_decision
+    assert synchronisations.excess({"cudaEventSynchronize": reads}, official) == {}
+    assert synchronisations.excess({"cudaEventSynchronize": reads + 1}, official) == {"cudaEventSynchronize": reads + 1}
+    assert synchronisations.excess({"cudaStreamSynchronize": 1}, official) == {"cudaStreamSynchronize": 1}
+    assert synchronisations.excess({"cudaEventSynchronize": 1}, TRAJECTORIES["euler"]) == {"cudaEventSynchronize": 1}
 
 
 @pytest.mark.parametrize("name", BENCHES)

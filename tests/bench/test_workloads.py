@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import bench_attention, bench_distillation, bench_end_to_end, bench_score_matching, shapes
+from benchmarks import bench_attention, bench_distillation, bench_end_to_end, bench_score_matching, bench_skipping, shapes
 from benchmarks.workloads import Case, cases
 from fastdiff_kernels.diffusion import AdaptiveSkip
 
@@ -52,6 +52,19 @@ def test_the_gpu_has_losses_of_64_megabytes_and_more_in_bfloat16(bench):
     sizes = [2 * math.prod(shape) for shape in bench.SHAPES_GPU.values()]
     assert max(sizes) >= 64 << 20
     assert min(sizes) <= 8 << 20
+
+
+@pytest.mark.parametrize("network", bench_skipping.SHAPES)
+def test_what_a_criterion_costs_can_be_read_off(network):
+    """The same steps with it and without, neither of which waits for the host."""
+    pair = [w for w in bench_skipping.WORKLOADS if w.network == network and w.op in ("solver_step deciding", "solver_step undecided")]
+    assert len({w.shape for w in pair}) == 1
+    assert all(w.captured for w in pair)
+    inputs = pair[0].inputs()
+    (*deciding, decision), undecided = (w.ours(*inputs) for w in pair)
+    for with_it, without in zip(deciding, undecided, strict=True):
+        assert torch.equal(with_it, without)
+    assert decision in (0, 1)
 
 
 def test_which_steps_are_reused_does_not_depend_on_the_samples():
