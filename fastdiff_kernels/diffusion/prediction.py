@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._transfer import to_device
 from .guidance import stack_conditioning, take_rows
 
 
@@ -38,8 +39,9 @@ class Predictor:
             self.evaluations += 1
         else:
             self.evaluations[rows] += 1
+            rows = to_device(rows, x.device)
             copies = torch.cat([rows + copy * self.batch for copy in range(self.copies)])
-            x, conditioning = x[rows.to(x.device, non_blocking=True)], take_rows(conditioning, copies)
+            x, conditioning = x[rows], take_rows(conditioning, copies)
         denoised = self._call(x if self.copies == 1 else torch.cat((x, x)), sigma, conditioning)
         if self.copies == 1:
             return denoised, None

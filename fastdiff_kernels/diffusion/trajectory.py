@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..reference.skipping import REUSE, STATE_WIDTH
+from ._transfer import to_device
 from .prediction import Predictor
 from .skipping import AdaptiveSkip, FixedSkip, SkipState
 
@@ -49,7 +50,7 @@ class Trajectory:
         computed = (~self.reuse).nonzero()[:, 0]
         rows = torch.full(self.reuse.shape, -1, dtype=torch.int64)
         rows[computed] = torch.arange(len(computed))
-        self.rows = rows.to(x.device, non_blocking=True)
+        self.rows = to_device(rows, x.device)
         return self.predictor(x, sigma, computed)
 
     def step(

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff_kernels import ops
-from fastdiff_kernels.diffusion import AdaptiveSkip, FixedSkip, Schedule, sample
+from fastdiff_kernels.diffusion import AdaptiveSkip, FixedSkip, Schedule, prediction, sample, trajectory
+from fastdiff_kernels.diffusion._transfer import to_device
 from fastdiff_kernels.reference.skipping import D2, REUSE, STATE_WIDTH
 
 from .oracles import Recorder, given_noise, two_points
@@ -192,34 +193,52 @@ def test_space_noise_takes_the_grid_out_of_the_rule(schedule: Schedule) -> None:
     assert 0 < sum(reused) < 36
 
 
-def official_along(denoiser: Callable[..., Tensor], x: Tensor, levels: list[float], threshold: float, max_skip: int) -> list[bool]:
-    """AdaptiveDiffusion with Euler steps, as its index semantics read: lists, and the means of plain tensors."""
-    mask, d, reused = [], {}, []
+def plainly(denoiser: Callable[..., Tensor], x: Tensor, levels: list[float], rule: AdaptiveSkip) -> list[bool]:
+    """Which Euler steps reuse: the rule's index semantics with lists and plain tensors in x's dtype, differences taken before rounding."""
+    latents, noises, mask, reused, d = [], [], [], [], {}
     for n, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        reused.append(n > 3 and not mask[-1])
-        if not reused[-1]:
-            cached = (x - denoiser(x, x.new_full((len(x),), sigma))) / sigma
-        x_next = x + (sigma_next - sigma) * cached
-        if n >= 1:
-            d[n + 1] = (x_next - x).abs().mean()
-        if n >= 3:
-            passes = abs((d[n + 1] + d[n - 1]) / 2 - d[n]) <= threshold * d[n]
-            mask.append((len(mask) > 4 and not any(mask[-max_skip:])) or not passes)
-        x = x_next
+        reused.append(n > (3 if rule.mode == "official" else 2) and not mask[-1])
+        if reused[-1]:
+            (last, noise), (at, older) = noises[-1], noises[0]
+            if rule.reuse == "extrapolate" and len(noises) == 2:
+                noise = older + (sigma - at) / (last - at) * (noise - older)
+            error = sigma * noise
+        else:
+            error = x - denoiser(x, x.new_full((len(x),), sigma))
+            noises = [*noises[-1:], (sigma, error / sigma)]
+        move, latents = (sigma_next - sigma) / sigma * error, [*latents[-2:], x]
+        x, d[n + 1] = x + move, move.abs().double().mean()
+        if rule.mode == "official" and n >= 3:
+            passes = abs((d[n + 1] + d[n - 1]) / 2 - d[n]) <= rule.threshold * d[n]
+            capped = len(mask) > 4
+        elif rule.mode == "tensor" and n >= 2:
+            third = move - 2 * (latents[2] - latents[1]) + (latents[1] - latents[0])
+            passes = third.abs().double().mean() <= rule.threshold * d[n + 1]
+            capped = len(mask) >= rule.max_skip
+        else:
+            continue
+        mask.append((capped and not any(mask[-rule.max_skip :])) or not passes)
     return reused
 
 
 @pytest.mark.parametrize("grid", ["karras", "uniform"])
-@pytest.mark.parametrize("batch", [1, 3, 64])
-@pytest.mark.parametrize(("threshold", "max_skip"), [(1e-4, 4), (1e-3, 7)])
-def test_a_thousand_steps_decide_as_the_plain_rule(batch: int, grid: str, threshold: float, max_skip: int) -> None:
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("reuse", ["hold", "extrapolate"])
+@pytest.mark.parametrize(("mode", "thresholds"), [("official", (1e-3, 1e-4)), ("tensor", (1e-2, 1e-3))])
+@pytest.mark.parametrize(("batch", "dtype", "max_skip"), [(1, torch.float32, 4), (3, torch.float64, 7), (64, torch.float32, 4)])
+def test_a_thousand_steps_decide_as_the_plain_rule(
+    batch: int, dtype: torch.dtype, max_skip: int, mode: str, thresholds: tuple[float, float], reuse: str, per_sample: bool, grid: str
+) -> None:
+    """In float32 at thresholds above what rounding does to so short steps: 1e-5 of them."""
     schedule = Schedule.karras(1000, 0.01, 80.0) if grid == "karras" else Schedule([10.0 - 0.01 * k for k in range(1001)])
-    noise = torch.randn(batch, 24, dtype=torch.float64)
-    result = sample(two_points, noise, schedule, solver="euler", skip=AdaptiveSkip(threshold, max_skip))
-    levels = schedule.sigmas.tolist()
-    expected = official_along(two_points, noise * levels[0], levels, threshold, max_skip)
-    assert result.skipped.tolist() == expected
-    assert 100 < sum(expected) < 990
+    rule = AdaptiveSkip(thresholds[dtype == torch.float64], max_skip, mode=mode, reuse=reuse, per_sample=per_sample)
+    noise, levels = torch.randn(batch, 24, dtype=dtype), schedule.sigmas.tolist()
+    skipped = sample(two_points, noise, schedule, solver="euler", skip=rule).skipped
+    # Of 64 samples three: the plain rule takes them one at a time.
+    for rows in [[i] for i in sorted({0, batch // 2, batch - 1})] if per_sample else [range(batch)]:
+        expected = plainly(two_points, noise[rows] * levels[0], levels, rule)
+        assert (skipped[:, rows[0]] if per_sample else skipped).tolist() == expected
+        assert 100 < sum(expected) < 990
 
 
 def test_with_constant_noise_the_changes_are_those_of_the_grid() -> None:
@@ -345,6 +364,47 @@ def test_per_sample_gathers_conditioning_under_guidance() -> None:
         conditional, unconditional = given_["place"].chunk(2)
         assert torch.equal(x[: len(x) // 2], x[len(x) // 2 :])
         assert torch.equal(unconditional, -2 * conditional)
+
+
+class HostTensor:
+    """A tensor on the CPU that notes how it is sent."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def pin_memory(self) -> HostTensor:
+        self.done.append("pinned")
+        return self
+
+    def to(self, device: torch.device, non_blocking: bool) -> HostTensor:
+        self.done.append(f"sent to {device.type}, non_blocking={non_blocking}")
+        return self
+
+
+@pytest.mark.parametrize(("device", "before"), [("cpu", []), ("cuda", ["pinned"])])
+def test_what_a_gpu_reads_is_pinned(device: str, before: list[str]) -> None:
+    assert to_device(HostTensor(), torch.device(device)).done == [*before, f"sent to {device}, non_blocking=True"]
+
+
+def test_per_sample_sends_its_rows_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice in a step that gathers, whatever the conditioning: which samples compute, and where each finds its row."""
+    sent = []
+
+    def spy(value: Tensor, device: torch.device) -> Tensor:
+        sent.append(value.tolist())
+        return to_device(value, device)
+
+    for module in (trajectory, prediction):
+        monkeypatch.setattr(module, "to_device", spy)
+    place = torch.tensor([0.05, 1.0, 3.0])
+    conditioning = {"conditioning": {"place": place}, "unconditional": {"place": -place}, "guidance": 2.0}
+    schedule, rule = Schedule.karras(30, 0.05, 40.0), AdaptiveSkip(0.03, per_sample=True)
+    skipped = sample(two_points, torch.randn(3, 64), schedule, solver="euler", **conditioning, skip=rule).skipped
+    expected = []
+    for step in skipped[skipped.any(1) & ~skipped.all(1)]:
+        computed = (~step).nonzero()[:, 0].tolist()
+        expected += [[computed.index(i) if i in computed else -1 for i in range(3)], computed]
+    assert sent == expected != []
 
 
 @pytest.mark.parametrize("mode", ["official", "tensor"])
