@@ -23,7 +23,7 @@ from fastdiff_kernels.diffusion import Schedule, sample
 from fastdiff_kernels.integrations.diffusers import as_denoiser, patch, unpatch
 
 
-def models(size: int) -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
+def models(size: int) -> dict[str, tuple[nn.Module, dict[str, object]]]:
     """Networks and what they are conditioned on, for two samples."""
     width = {"num_attention_heads": 4, "attention_head_dim": 72, "num_layers": 4, "sample_size": size}
     text = torch.randn(2, 20, 64)
@@ -31,7 +31,11 @@ def models(size: int) -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
         "DiT": (diffusers.DiTTransformer2DModel(**width, out_channels=8), {"class_labels": torch.tensor([3, 7])}),
         "PixArt": (
             diffusers.PixArtTransformer2DModel(**width, cross_attention_dim=288, caption_channels=64, use_additional_conditions=False),
-            {"encoder_hidden_states": text, "encoder_attention_mask": (torch.arange(20) < torch.tensor([[20], [9]])).long()},
+            {
+                "encoder_hidden_states": text,
+                "encoder_attention_mask": (torch.arange(20) < torch.tensor([[20], [9]])).long(),
+                "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            },
         ),
         "U-Net": (
             diffusers.UNet2DConditionModel(
@@ -63,8 +67,6 @@ def main(size: int = 32, steps: int = 6, out: Path | None = None) -> dict[str, f
     torch.manual_seed(0)
     differences, rows = {}, []
     for name, (model, conditioning) in models(size).items():
-        if name == "PixArt":
-            conditioning["added_cond_kwargs"] = None
         denoiser = as_denoiser(model.eval(), diffusers.DDIMScheduler())
         noise, schedule = torch.randn(2, 4, size, size), Schedule.karras(steps, 0.03, 80.0)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_positive
+from .guidance import map_tensors
 
 # Of the solver for the inverse Jacobian of an Euler step.
 _ITERATIONS = 8
@@ -46,7 +47,7 @@ def corrector_costs(
     x = ops.lcss_perturb(clean, high, seed, offset=offset)
     dtype = torch.promote_types(x.dtype, torch.float32)
     sigma = torch.tensor([low, high], dtype=dtype, device=x.device).repeat_interleave(len(x))  # [2 B]
-    twice = {key: torch.cat((value, value)) if isinstance(value, Tensor) else value for key, value in conditioning.items()}
+    twice = map_tensors(lambda value: torch.cat((value, value)), conditioning)
     raw_low, raw_high = denoiser.raw(torch.cat((x, x)), sigma, **twice).chunk(2)
     return ops.incremental_cost(x, raw_low, raw_high, low, high, sigma_data=denoiser.sigma_data)  # [B]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._checks import check_samples
 from .costs import RawDenoiser
-from .guidance import check_conditioning, take_rows
+from .guidance import check_conditioning, leaves, take_rows
 
 Costs = Callable[[RawDenoiser, Tensor, dict[str, object], float, float, int, int], Tensor]
 
@@ -35,7 +35,7 @@ class Batches:
             self.order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         elif isinstance(data, (list, tuple)) and not all(isinstance(item, (Tensor, tuple)) for item in data):
             raise TypeError("data must be a tensor or an iterable of batches, got a sequence of other things")
-        elif any(isinstance(value, Tensor) for value in conditioning.values()):
+        elif any(isinstance(value, Tensor) for _, value in leaves(conditioning, "conditioning")):
             raise ValueError("conditioning must hold scalars where data is an iterable; its batches bring their own tensors")
         self.data, self.conditioning, self.batch_size, self.seed = data, conditioning, batch_size, seed
         self.stream: Iterator | None = None

@@ -60,7 +60,8 @@ def sample(
         schedule: the levels. Where the last is not 0 the samples are left with that much noise.
         solver: "euler"; "heun", second order, two calls a step and one for a step to 0; "dpmpp_2m", second order, one call a step.
             "ddim" is "euler": for unscaled x, DDIM's x_next = D + sigma_next (x - D) / sigma is the same step.
-        conditioning: keyword arguments of the denoiser, tensors [B, ...] or scalars, for example `{"class_labels": labels}`.
+        conditioning: keyword arguments of the denoiser, tensors [B, ...] or scalars, for example `{"class_labels": labels}`, or dicts of
+            such.
         unconditional: the same keys for the unconditional prediction; not evaluated where guidance is 1.
         guidance: D = D_uncond + guidance (D_cond - D_uncond), from one call on a doubled batch.
         skip: reuse of noise predictions (x - D) / sigma, D after guidance, for whole steps. The last evaluation of the last computed

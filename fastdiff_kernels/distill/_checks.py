@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..diffusion.guidance import leaves
 
 
 def check_shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
@@ -24,17 +27,19 @@ def check_denoiser(denoiser: nn.Module, name: str) -> nn.Module:
     return denoiser
 
 
-def check_conditioning(conditioning: Mapping[str, Tensor] | None, batch_size: int) -> dict[str, Tensor]:
-    """Keyword arguments of the denoiser, each a tensor [batch_size, ...]."""
+def check_conditioning(conditioning: Mapping[str, Any] | None, batch_size: int) -> dict[str, Any]:
+    """Keyword arguments of the denoiser, each a tensor [batch_size, ...], None, or a dict of such."""
     if conditioning is None:
         return {}
     if not isinstance(conditioning, Mapping):
         raise TypeError(f"conditioning must be a mapping from names to tensors, got {type(conditioning).__name__}")
-    for name, value in conditioning.items():
+    for name, value in leaves(conditioning, "conditioning"):
+        if value is None:
+            continue
         if not isinstance(value, Tensor):
-            raise TypeError(f"conditioning[{name!r}] must be a tensor, got {type(value).__name__}")
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value.dim() == 0 or value.shape[0] != batch_size:
-            raise ValueError(f"conditioning[{name!r}] must have shape [{batch_size}, ...], got {list(value.shape)}")
+            raise ValueError(f"{name} must have shape [{batch_size}, ...], got {list(value.shape)}")
     return dict(conditioning)
 
 

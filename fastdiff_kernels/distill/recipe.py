@@ -119,7 +119,7 @@ class Recipe(ABC, Generic[Batch]):
 
         Args:
             batch: clean data [B, ...] of the network's dtype and device, or, where the method needs no data, how many samples.
-            conditioning: keyword arguments for the denoiser, tensors [B, ...], for example {"class_labels": int64 [B]}.
+            conditioning: keyword arguments for the denoiser, tensors [B, ...], for example {"class_labels": int64 [B]}, or dicts of them.
 
         Returns:
             Losses and gradient norms, as floats.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count
+from ..diffusion.guidance import leaves, map_tensors
 from .recipe import Recipe, mixed_seed
 
 BatchSource = Callable[[int], tuple["Tensor | int", "Mapping[str, Tensor] | None"]]
@@ -31,7 +32,7 @@ class Trainer:
         data: clean data [M, ...]; or None for a recipe that needs none; or a function step -> (batch, conditioning).
         steps: how many steps the whole run has.
         batch_size: samples a step.
-        conditioning: tensors [M, ...] that belong to the data (or, without data, that batches of conditioning are drawn from).
+        conditioning: tensors [M, ...], or dicts of them, that belong to the data (or, without data, that batches are drawn from).
         checkpoint: file to write the state to, and to resume from if it is there. None: no checkpoints.
         checkpoint_every: steps between checkpoints; None: only at the end and when interrupted.
         progress: show a progress bar (needs tqdm).
@@ -149,13 +150,16 @@ def _tensor_batches(
     if batch_size is None:
         raise ValueError("batch_size must be given with data in a tensor, or without data")
     check_count(batch_size, "batch_size")
-    sources = dict(conditioning or {}, **({} if data is None else {"data": data}))
+    given: Mapping[str, Any] = conditioning or {}
+    sources = {name: source for name, source in leaves(given, "conditioning") if source is not None}
+    if data is not None:
+        sources["data"] = data
     for name, source in sources.items():
         if not isinstance(source, Tensor):
             raise TypeError(f"{name} must be a tensor [M, ...], got {type(source).__name__}")
         if source.dim() == 0 or source.shape[0] == 0:
             raise ValueError(f"{name} must be a tensor [M, ...] with M > 0, got shape {list(source.shape)}")
-    sizes = {name: source.shape[0] for name, source in sources.items()}
+    sizes = {name: source.shape[0] for name, source in sources.items() if isinstance(source, Tensor)}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"data and conditioning must have equally many samples, got {sizes}")
     if not sources:
@@ -174,9 +178,8 @@ def _tensor_batches(
         first, last = step * batch_size, (step + 1) * batch_size
         epochs = range(first // total, (last - 1) // total + 1)
         index = torch.cat([order(epoch)[max(first - epoch * total, 0) : last - epoch * total] for epoch in epochs])  # [batch_size]
-        drawn = {name: source[index.to(source.device)].to(device) for name, source in sources.items()}
-        batch = drawn.pop("data", batch_size)
-        return batch, drawn or None
+        drawn = map_tensors(lambda source: source[index.to(source.device)].to(device), {"data": data, "conditioning": given})
+        return batch_size if data is None else drawn["data"], drawn["conditioning"] or None
 
     return batches
 

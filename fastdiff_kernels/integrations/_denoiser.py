@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion._checks import batched_sigma, check_samples, per_sample
-from ..diffusion.guidance import guide, stack_conditioning
+from ..diffusion.guidance import guide, map_tensors, stack_conditioning
 
 
 class ModelDenoiser(nn.Module):
@@ -27,7 +27,7 @@ class ModelDenoiser(nn.Module):
         parametrisation: Parametrisation,
         sigma_data: float,
         guidance: float,
-        unconditional: Mapping[str, Tensor] | None,
+        unconditional: Mapping[str, object] | None,
         call: Callable[..., Tensor],
     ) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class ModelDenoiser(nn.Module):
         if self.guidance == 1 or self.unconditional is None:
             return self._call(x, sigma, conditioning)
         batch = x.shape[0]
-        absent: dict[str, object] = {key: value.to(x.device).expand(batch, *value.shape[1:]) for key, value in self.unconditional.items()}
+        absent = map_tensors(lambda value: value.to(x.device).expand(batch, *value.shape[1:]), self.unconditional)
         both = self._call(torch.cat((x, x)), torch.cat((sigma, sigma)), stack_conditioning(conditioning, absent))
         # The output enters D linearly, with coefficients of sigma alone.
         return guide(both[:batch], both[batch:], self.guidance)

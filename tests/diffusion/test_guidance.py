@@ -107,6 +107,22 @@ def test_one_call_holds_the_conditional_samples_and_then_the_unconditional_ones(
             r"unconditional\['place'\] can differ from conditioning's only where both are tensors",
         ),
         (
+            {"conditioning": {"added": {"place": torch.ones(3)}}},
+            ValueError,
+            r"conditioning\['added'\]\['place'\] must have one row for each of the 2 samples",
+        ),
+        ({"conditioning": {"added": {"place": [1.0]}}}, TypeError, r"conditioning\['added'\]\['place'\] must be a tensor"),
+        (
+            {"conditioning": {"added": {"place": torch.ones(2)}}, "unconditional": {"added": {}}, "guidance": 2.0},
+            ValueError,
+            r"unconditional\['added'\] must have conditioning\['added'\]'s keys \['place'\], got \[\]",
+        ),
+        (
+            {"conditioning": {"added": {"place": torch.ones(2)}}, "unconditional": {"added": None}, "guidance": 2.0},
+            ValueError,
+            r"unconditional\['added'\] can differ from conditioning's only where both are tensors",
+        ),
+        (
             {"conditioning": {"mode": "a"}, "unconditional": {"mode": "b"}, "guidance": 2.0},
             ValueError,
             r"unconditional\['mode'\] can differ",

@@ -223,8 +223,8 @@ def test_a_checkpoint_of_another_order_of_the_data_is_refused(recipe, tmp_path):
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"batch_size": None}, ValueError, "batch_size must be given"),
         ({"checkpoint_every": 2}, ValueError, "checkpoint must name a file"),
-        ({"conditioning": {"class_labels": LABELS[:5]}}, ValueError, "equally many samples, got .*'class_labels': 5"),
-        ({"conditioning": {"class_labels": [1, 2]}}, TypeError, "class_labels must be a tensor"),
+        ({"conditioning": {"class_labels": LABELS[:5]}}, ValueError, r"equally many samples, got .*class_labels'\]\": 5"),
+        ({"conditioning": {"class_labels": [1, 2]}}, TypeError, r"class_labels'\] must be a tensor"),
     ],
 )
 def test_bad_arguments(recipe, options, error, message):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff_kernels.diffusion import optimize_schedule, sample
-from fastdiff_kernels.distill import MomentMatchingDistiller, SIMDistiller
-from fastdiff_kernels.integrations.diffusers import as_denoiser, patch
+from fastdiff_kernels.diffusion import AdaptiveSkip, Schedule, optimize_schedule, sample
+from fastdiff_kernels.diffusion.guidance import map_tensors
+from fastdiff_kernels.distill import MomentMatchingDistiller, SIMDistiller, Trainer
+from fastdiff_kernels.integrations.diffusers import ModelDenoiser, as_denoiser, patch
 from tests.integrations.models import BY_NAME, randn, unet_2d
 
 DATA = 0.7  # standard deviation of the Gaussian data
@@ -128,6 +130,60 @@ def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:
     guided = as_denoiser(model, ddpm, guidance=3.0, unconditional={"class_labels": null})
     conditional, absent = plain(x, 2.0, class_labels=labels), plain(x, 2.0, class_labels=null.expand(2))
     torch.testing.assert_close(guided(x, 2.0, class_labels=labels), absent + 3 * (conditional - absent), rtol=1e-4, atol=1e-4)
+
+
+def conditioned(name: str) -> tuple[ModelDenoiser, dict[str, Any], dict[str, Any]]:
+    """A denoiser of two samples, what they are conditioned on, and one row of nothing."""
+    case = BY_NAME[name]
+    given = {key: value for key, value in case.inputs().items() if key not in ("sample", "hidden_states", "timestep")}
+    nothing = map_tensors(lambda value: torch.zeros_like(value[:1]) if value.is_floating_point() else torch.ones_like(value[:1]), given)
+    return as_denoiser(case.model(), diffusers.DDPMScheduler()), given, nothing
+
+
+NESTED = ["UNet2DConditionModel-SDXL", "PixArtTransformer2DModel"]
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_models_with_dicts_of_conditions_are_guided_and_sampled(name: str) -> None:
+    plain, given, nothing = conditioned(name)
+    assert isinstance(given["added_cond_kwargs"], dict)
+    both = map_tensors(lambda value: value.expand(2, *value.shape[1:]), nothing)
+    noise, schedule = randn(2, 4, 8, 8), Schedule([5.0, 1.0, 0.0])
+    conditional, absent = plain(noise, 2.0, **given), plain(noise, 2.0, **both)
+    assert not torch.allclose(conditional, absent, rtol=1e-3, atol=1e-3)
+    guided = as_denoiser(plain.model, diffusers.DDPMScheduler(), guidance=3.0, unconditional=nothing)
+    torch.testing.assert_close(guided(noise, 2.0, **given), absent + 3 * (conditional - absent), rtol=1e-4, atol=1e-4)
+    outside = sample(plain, noise, schedule, solver="euler", conditioning=given, unconditional=both, guidance=3.0).samples
+    inside = sample(guided, noise, schedule, solver="euler", conditioning=given).samples
+    torch.testing.assert_close(outside, inside, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_dicts_of_conditions_are_gathered_for_the_samples_that_are_computed(name: str) -> None:
+    denoiser, given, _ = conditioned(name)
+    schedule, skip = Schedule.karras(16, 0.05, 20.0), AdaptiveSkip(0.05, per_sample=True)
+    # Samples of unlike sizes decide differently.
+    noise = randn(2, 4, 8, 8) * torch.tensor([1.0, 0.05]).view(2, 1, 1, 1)
+    result = sample(denoiser, noise, schedule, solver="euler", conditioning=given, skip=skip)
+    assert bool((result.skipped[:, 0] != result.skipped[:, 1]).any())
+    for row in range(2):
+        alone = map_tensors(lambda value, row=row: value[row : row + 1], given)
+        single = sample(denoiser, noise[row : row + 1], schedule, solver="euler", conditioning=alone, skip=skip)
+        torch.testing.assert_close(result.samples[row : row + 1], single.samples, rtol=1e-3, atol=1e-3)
+
+
+def test_an_sdxl_like_model_is_scheduled_and_distilled() -> None:
+    denoiser, given, _ = conditioned("UNet2DConditionModel-SDXL")
+    data = 0.5 * randn(2, 4, 8, 8)
+    schedule = optimize_schedule(denoiser, data, 3, sigma_min=0.05, sigma_max=20, knots=5, batch_size=2, conditioning=given)
+    assert bool((schedule.sigmas.diff() < 0).all())
+    sim = SIMDistiller(denoiser, sample_shape=(4, 8, 8))
+    history = Trainer(sim, steps=2, batch_size=2, conditioning=given, progress=False).fit()
+    assert all(math.isfinite(value) for value in history["loss"])
+    assert sim.sample(2, given).shape == (2, 4, 8, 8)
+    given["added_cond_kwargs"] = {**given["added_cond_kwargs"], "text_embeds": torch.zeros(3, 10)}
+    with pytest.raises(ValueError, match=r"conditioning\['added_cond_kwargs'\]\['text_embeds'\] must have shape \[2, ...\], got \[3, 10\]"):
+        sim.step(2, given)
 
 
 def test_a_model_in_bfloat16_denoises_float32() -> None:

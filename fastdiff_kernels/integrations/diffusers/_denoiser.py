@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..._checks import check_number, check_positive
+from ...diffusion.guidance import check_conditioning
 from .._denoiser import Edm, Flow, ModelDenoiser, Noise, Parametrisation, Sample, Velocity
 
 # These multiply their timestep by 1000 themselves.
@@ -20,7 +21,7 @@ def as_denoiser(
     *,
     sigma_data: float | None = None,
     guidance: float = 1.0,
-    unconditional: Mapping[str, Tensor] | None = None,
+    unconditional: Mapping[str, object] | None = None,
     time_scale: float | None = None,
 ) -> ModelDenoiser:
     """The model as `denoiser(x, sigma, **conditioning) -> E[x0 | x]`, for `optimize_schedule`, the samplers and the distillers.
@@ -43,7 +44,7 @@ def as_denoiser(
         sigma_data: standard deviation of the data; the scheduler's own where it has one, else 1, which variance-preserving
             diffusion and latent models are made for.
         guidance: of classifier-free guidance, in one call on a doubled batch. Not 1 only with `unconditional`.
-        unconditional: the keys of the conditioning given in calls, each [1, ...].
+        unconditional: the keys of the conditioning given in calls, tensors [1, ...], or dicts of them as SDXL's added_cond_kwargs.
         time_scale: what a flow model multiplies t in (0, 1] by: num_train_timesteps, but 1 for Flux.
 
     Returns:
@@ -62,7 +63,8 @@ def as_denoiser(
         parametrisation = Flow(1.0)
     if sigma_data is None:
         sigma_data = getattr(scheduler.config, "sigma_data", None) or 1.0
-    return ModelDenoiser(model, parametrisation, check_positive(sigma_data, "sigma_data"), guidance, unconditional, _call)
+    absent = None if unconditional is None else check_conditioning(unconditional, 1, "unconditional")
+    return ModelDenoiser(model, parametrisation, check_positive(sigma_data, "sigma_data"), guidance, absent, _call)
 
 
 def _call(model: nn.Module, x: Tensor, time: Tensor, **conditioning: Any) -> Tensor:
