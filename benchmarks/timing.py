@@ -1,10 +1,17 @@
-"""Times variants turn by turn, so that drift of the machine hits all alike."""
+"""Times variants turn by turn, so that drift of the machine hits all alike.
+
+On Linux a process keeps the memory that tensors on the CPU have freed, as CUDA's caching allocator does on a GPU. Else glibc gives it back
+or not as its heap happens to lie, and the page faults of getting it again have doubled eager's times from one process to the next.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +33,7 @@ class Times:
     launch_bound: bool = False
     """Whether the host took longer to submit the work than the device to do it; of a replayed graph, `seconds` are the device's alone."""
     how: str = "calls"
-    """What was timed: "graph replay", or "calls" with all that the host does for them."""
+    """What was timed: "graph replay", or "calls" with all that the host does for them, of which "freed memory kept" says what it does."""
     clock_mhz: float | None = None
     """Of the processor, right after."""
 
@@ -49,8 +56,18 @@ def interleave(variants: Mapping[str, Callable[[], object]], seconds: float, dev
     return _calls(variants, seconds, device)
 
 
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Makes this process keep what it frees, if its C library can: no block is mapped by itself, and the heap is never trimmed."""
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return False
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    return bool(libc.mallopt(trim_threshold, -1)) and bool(libc.mallopt(mmap_max, 0))
+
+
 def _calls(variants: Mapping[str, Callable[[], object]], seconds: float, device: str) -> dict[str, Times]:
     gpu = device == "cuda"
+    how = "calls, freed memory kept" if not gpu and keep_freed_memory() else "calls"
     wait = torch.cuda.synchronize if gpu else lambda: None
     for run in variants.values():
         run()
@@ -71,7 +88,7 @@ def _calls(variants: Mapping[str, Callable[[], object]], seconds: float, device:
     _turns(turn, seconds)
     clock = clock_mhz(device)
     # The call ends when the device does; one that has submitted its work only just before was waited for.
-    return {name: Times(tuple(taken), host[name] > 0.95 * statistics.median(taken), "calls", clock) for name, taken in samples.items()}
+    return {name: Times(tuple(taken), host[name] > 0.95 * statistics.median(taken), how, clock) for name, taken in samples.items()}
 
 
 def _turns(turn: Callable[[], None], seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -203,6 +204,26 @@ def test_quantiles():
     assert (times.quantile(0.2), times.median, times.quantile(0.8)) == (2.0, 3.0, 5.0)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what freed memory costs is known of glibc")
+def test_freed_memory_is_kept_so_that_no_variant_pays_for_getting_it_again():
+    """Of 40 MB, which glibc maps afresh in each call by itself: 10,240 page faults."""
+    code = """
+import resource, statistics, torch
+from benchmarks.timing import interleave
+faults = []
+def run():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10 << 20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+times = interleave({"ones": run}, 0.3, "cpu")["ones"]
+print(statistics.median(faults), times.how)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    faults, how = done.stdout.split(" ", 1)
+    assert float(faults) < 100
+    assert how == "calls, freed memory kept\n"
+
+
 def test_rows_are_appended_with_their_provenance(tmp_path):
     session, path = Session("cpu", 0.01), tmp_path / "rows.csv"
     for _ in range(2):
@@ -227,7 +248,8 @@ def test_a_file_of_earlier_rows_gets_the_columns_that_came_later(tmp_path):
     assert reader.fieldnames[:3] == ["op", "date", "note"]
     assert set(FIELDS) <= set(reader.fieldnames)
     assert (earlier["date"], earlier["note"], earlier["p50_ms"]) == ("2020-01-01", "kept", "")
-    assert (row["op"], row["note"], row["timed"]) == ("product", "", "calls")
+    assert (row["op"], row["note"]) == ("product", "")
+    assert row["timed"].startswith("calls")
     assert float(row["p50_ms"]) > 0
 
 

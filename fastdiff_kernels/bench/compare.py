@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .rows import Row, by_case, latest
@@ -28,19 +28,25 @@ class Change:
         return "slower" if self.ratio > 1 else "faster"
 
 
-def compare(a: Iterable[Row], b: Iterable[Row], provider: str = "ours") -> list[Change]:
-    """The changes from run a to run b of the cases that both have, worst first.
+def compare(a: Iterable[Row], b: Iterable[Row]) -> list[Change]:
+    """The changes of ours from run a to run b in the cases that both have, worst first.
 
-    Times of different runs do not compare, since machines drift; what compares is the ratio to eager, which ran turn by turn with it.
+    Times of different runs do not compare, since machines drift; what compares is the ratio to eager, which ran turn by turn with it. By
+    as much as the ratios of others' providers moved in the case, whose code no commit here changes, eager itself has moved: that is noise.
     """
     before, after = by_case(latest(a)), by_case(latest(b))
-    shared = [case for case in before if case in after and {"eager", provider} <= before[case].keys() & after[case].keys()]
-    changes = []
-    for case in shared:
-        four = [before[case]["eager"], before[case][provider], after[case]["eager"], after[case][provider]]
-        noise = math.sqrt(sum(row.spread**2 for row in four))
-        changes.append(Change(case, before[case][provider].x_eager / after[case][provider].x_eager, noise))
-    return sorted(changes, key=lambda change: -change.ratio)
+    shared = [case for case in before if case in after and {"eager", "ours"} <= before[case].keys() & after[case].keys()]
+    return sorted((_change(case, before[case], after[case]) for case in shared), key=lambda change: -change.ratio)
+
+
+def _change(case: tuple[str, ...], before: Mapping[str, Row], after: Mapping[str, Row]) -> Change:
+    def ratio(provider: str) -> float:
+        return before[provider].x_eager / after[provider].x_eager
+
+    others = [name for name in before.keys() & after.keys() if not name.startswith(("eager", "ours"))]
+    moved = max((math.expm1(abs(math.log(ratio(name)))) for name in others), default=0.0)
+    spreads = [row.spread for run in (before, after) for row in (run["eager"], run["ours"])]
+    return Change(case, ratio("ours"), math.hypot(moved, *spreads))
 
 
 def table(changes: list[Change]) -> str:
