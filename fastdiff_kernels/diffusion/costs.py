@@ -24,14 +24,14 @@ class RawDenoiser(Protocol):
         """The network output F under EDM preconditioning, at the unscaled x."""
 
 
-def check_denoiser(denoiser: RawDenoiser) -> None:
+def check_denoiser(denoiser: object) -> None:
     """TypeError or ValueError unless it offers `.raw` and a positive `.sigma_data`."""
     for attribute in ("raw", "sigma_data"):
         if not hasattr(denoiser, attribute):
             raise TypeError(
                 f"denoiser must offer .raw(x, sigma) and .sigma_data, as EDMPrecond does; {type(denoiser).__name__} has no .{attribute}"
             )
-    check_positive(denoiser.sigma_data, "denoiser.sigma_data")
+    check_positive(denoiser.sigma_data, "denoiser.sigma_data")  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

@@ -79,4 +79,4 @@ def _stack(conditional: object, unconditional: object, names: tuple[str, str]) -
 
 def take_rows(conditioning: Mapping[str, object], rows: Tensor) -> dict[str, object]:
     """The conditioning of the samples `rows` (int64)."""
-    return map_tensors(lambda value: value[rows.to(value.device, non_blocking=True)], conditioning)
+    return map_tensors(lambda value: value[rows.to(value.device)], conditioning)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_samples
+from ._transfer import to_device
 from .costs import RawDenoiser
 from .guidance import check_conditioning, leaves, take_rows
 
@@ -49,7 +50,7 @@ class Batches:
         return costs(denoiser, clean, given, low, high, self.seed, first)
 
     def _drawn(self, data: Tensor, first: int) -> tuple[Tensor, dict[str, object]]:
-        rows = self.order[torch.arange(first, first + self.batch_size) % len(data)].to(data.device)
+        rows = to_device(self.order[torch.arange(first, first + self.batch_size) % len(data)], data.device)
         return data[rows], take_rows(self.conditioning, rows)
 
     def _streamed(self, estimate: IntervalCosts) -> tuple[Tensor, dict[str, object]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_choice, check_count, check_number
-from ..diffusion import Schedule, edm_weight, sample
+from ..diffusion import OnlineSchedule, Schedule, edm_weight, sample
+from ..diffusion.costs import RawDenoiser
+from ..diffusion.costs import check_denoiser as check_raw_denoiser
 from ._checks import check_conditioning, check_data, check_denoiser, check_shape
 from .learning_rate import LearningRate
 from .noise_law import EDM_LAW
@@ -36,6 +38,9 @@ class ScoreTrainer(Recipe[Tensor]):
         loss: "dsm" or "lcss".
         learning_rate: a number or a `LearningRate`.
         noise_law: noise levels of the training, EDM's log-normal unless given; called as noise_law(count, generator) -> float32 [count].
+            An `OnlineSchedule` besides observes the averaged denoiser on every batch, before the step, which after its burn-in costs a
+            forward pass on twice the batch. It is part of the trainer's state, and its levels are those of `sample`. It needs a float32 or
+            float64 denoiser with `.raw`, as `EDMPrecond` has it, and should be given to one trainer alone.
         sigma_data: scale of the data in the weight; the denoiser's own unless given.
         reading, gamma, local_ratio: of "lcss", above.
         antithetic: "lcss" evaluates at centre + sigma' xi and centre - sigma' xi, which costs two passes and removes most of the variance.
@@ -45,7 +50,7 @@ class ScoreTrainer(Recipe[Tensor]):
         ema_decay: of the averaged weights in `generator`.
         sample_shape: shape of one sample; taken from the first batch unless given.
         seed: of everything random.
-        autocast: dtype to run the networks in, or None.
+        autocast: dtype to run the networks in, or None; what an `OnlineSchedule` observes is never cast.
     """
 
     def __init__(
@@ -87,6 +92,11 @@ class ScoreTrainer(Recipe[Tensor]):
         self.denoiser = denoiser.train()
         learner = Learner("denoiser", denoiser, learning_rate, betas, eps, clip)
         super().__init__(learner, [], ema_decay=ema_decay, seed=seed, autocast=autocast)
+        self.online = noise_law if isinstance(noise_law, OnlineSchedule) else None
+        if self.online is not None:
+            check_raw_denoiser(denoiser)
+            if self.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"denoiser must be float32 or float64 for an OnlineSchedule, which differences scores, got {self.dtype}")
 
     def _check_batch(self, batch: Tensor | int) -> Tensor:
         data = check_data(batch, "batch", self.sample_shape, self.learners["denoiser"].parameters[0])
@@ -94,6 +104,9 @@ class ScoreTrainer(Recipe[Tensor]):
         return data
 
     def _step(self, batch: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.online is not None:
+            with torch.autocast(self.device.type, enabled=False):
+                self.online.observe(cast(RawDenoiser, self.generator), batch, conditioning)
         conditioning = self._drop_labels(conditioning)
         sigma = self.noise_law(batch.shape[0], self.rng)  # [B]
         if self.loss == "dsm":
@@ -150,7 +163,7 @@ class ScoreTrainer(Recipe[Tensor]):
             n: how many.
             conditioning: keyword arguments for the denoiser, tensors [n, ...].
             seed: of the initial noise.
-            schedule: noise levels; 18 Karras levels from 80 to 0.002 unless given.
+            schedule: noise levels; unless given those of the `OnlineSchedule` trained with, or 18 Karras levels from 80 to 0.002.
             options: handed to `diffusion.sample`, for example solver="euler" or guidance.
 
         Raises:
@@ -161,5 +174,25 @@ class ScoreTrainer(Recipe[Tensor]):
         conditioning = check_conditioning(conditioning, check_count(n, "n", 0))
         rng = torch.Generator(device=self.device).manual_seed(mixed_seed(seed))
         noise = torch.randn((n, *self.sample_shape), generator=rng, device=self.device, dtype=self.dtype)
-        schedule = Schedule.karras(18, 0.002, 80.0) if schedule is None else schedule
+        if schedule is None:
+            schedule = Schedule.karras(18, 0.002, 80.0) if self.online is None else self.online.schedule
         return sample(self.generator, noise, schedule, conditioning=conditioning, **options).samples
+
+    def state_dict(self) -> dict:
+        """As every recipe's; with an `OnlineSchedule` its levels and its estimate too."""
+        state = super().state_dict()
+        return state if self.online is None else {**state, "online": self.online.state_dict()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Continue from `state_dict()` of a trainer made with the same arguments.
+
+        Raises:
+            ValueError: it is of another recipe, of one with an `OnlineSchedule` where this one has none or the reverse, or of one with
+                other ends, or another number of steps or knots.
+        """
+        if ("online" in state) != (self.online is not None):
+            held, own = ("an OnlineSchedule", "none") if "online" in state else ("no OnlineSchedule", "one")
+            raise ValueError(f"state must be of a ScoreTrainer with the same noise_law, got one with {held} for a trainer with {own}")
+        if self.online is not None:
+            self.online.load_state_dict(state["online"])
+        super().load_state_dict(state)
