@@ -191,8 +191,8 @@ def _positions_and_channels(x: Tensor, *_: Any) -> tuple[int, int]:
 def _modulate_refuses(name: str, x: Tensor, *_: Any) -> str | None:
     if name == "cuda" and x.dtype == torch.float64:
         return "the CUDA kernels take float32, bfloat16 and float16"
-    if name == "triton" and x.dtype == torch.float64 and x.shape[2] > 4096:
-        return f"its Triton kernels have room for at most 4096 channels in float64; there are {x.shape[2]}"
+    if name == "triton" and x.dtype == torch.float64 and x.shape[2] > 3072:
+        return f"its Triton kernels have room for at most 3072 channels in float64; there are {x.shape[2]}"
     if name == "cuda" and x.shape[2] > 12032:
         return f"the CUDA kernels take at most 12032 channels; there are {x.shape[2]}"
     if name == "cuda" and x.shape[0] > 65535:

@@ -70,14 +70,14 @@ def _most_registers(channels: int, dtype: torch.dtype) -> dict[str, Any]:
     return {}
 
 
-def _fills_registers(channels: int, dtype: torch.dtype) -> bool:
+def _fills_registers(channels: int) -> bool:
     """Whether the backward pass has no registers left for the next row."""
-    return channels > (2048 if dtype == torch.float64 else 3072)
+    return channels > 1536
 
 
 def _sums_at_once(channels: int, dtype: torch.dtype, weight: bool) -> int:
     """How many sums over rows the registers hold, beside a weight or not; those of wide rows that they do not hold take further passes."""
-    if dtype == torch.float64 and channels > 2048:
+    if (dtype == torch.float64 and channels > 2048) or (dtype.itemsize >= 4 and channels > 6144):
         return 1
     # Rows of lengths that are not divisible by 16 take more registers for their addresses.
     return 2 if channels > _WIDE and (dtype.itemsize >= 4 or weight or channels % 16 or channels > 6144) else 4
@@ -199,7 +199,7 @@ def _backward(call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | N
             CHANNELS=channels, EPS=call.eps, CENTRED=call.norm == "layer", FIRST=len(call.in_table) % 2,
             GATE=summed.get("gate", -1), WEIGHT=summed.get("weight", -1), SHIFT=summed.get("shift", -1), SCALE=summed.get("scale", -1),
             ROWS_PER_PROGRAM=rows, ROWS=min(tile.rows, rows), CHUNK=tile.chunk, ACCUMULATOR=_accumulator(x),
-            WIDE=_fills_registers(channels, x.dtype), num_warps=tile.warps, **limit,
+            WIDE=_fills_registers(channels), num_warps=tile.warps, **limit,
         )  # fmt: skip
     if partial is not None:
         by_sample = [name for name in shared if wanted[name].dim() > 1]

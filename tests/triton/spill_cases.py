@@ -148,7 +148,7 @@ def modulate_cases() -> Cases:
     for channels, dtype, (op, options) in itertools.product(NETWORK_CHANNELS + OTHER_CHANNELS, (torch.bfloat16, torch.float32), ops):
         yield f"{op} {channels} {short(dtype)}", _modulate(channels, dtype, op, **options)
     for channels, (op, options) in itertools.product((8192, 6144, 4096, 3072, 1152), ops):
-        for dtype in (torch.float16, *(torch.float64,) * (channels <= 4096)):
+        for dtype in (torch.float16, *(torch.float64,) * (channels <= 3072)):
             yield f"{op} {channels} {short(dtype)}", _modulate(channels, dtype, op, **options)
         yield f"{op} {channels} bfloat16 throughout", _modulate(channels, torch.bfloat16, op, beside=torch.bfloat16, **options)
         for dtype in (torch.bfloat16, torch.float32):
