@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Families in the order of what is most wanted of a GPU.
 BENCHES = (
-    "modulate", "attention", "group_norm", "rotary", "blocks", "end_to_end", "training", "score_matching", "distillation", "skipping",
-    "sampling", "schedule", "integrations", "sweeps",
+    "modulate", "attention", "group_norm", "rotary", "blocks", "end_to_end", "training", "score_matching", "distillation", "estimators",
+    "skipping", "sampling", "schedule", "integrations", "sweeps",
 )  # fmt: skip
 CEILINGS = """
 import torch

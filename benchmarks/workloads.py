@@ -24,7 +24,7 @@ class Variant:
     run: Callable
     definition: Callable
     """The same in PyTorch calls; in float64 it is the truth."""
-    per_thousand: Callable[[], float]
+    per_thousand: Callable[[], float] | None = None
     """As the workload's."""
 
 

@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import bench_attention, bench_distillation, bench_end_to_end, bench_score_matching, bench_skipping, shapes
+from benchmarks import bench_attention, bench_distillation, bench_end_to_end, bench_estimators, bench_score_matching, bench_skipping, shapes
+from benchmarks.harness import Session
 from benchmarks.workloads import Case, cases
 from fastdiff_kernels.diffusion import AdaptiveSkip
 
@@ -65,6 +66,18 @@ def test_what_a_criterion_costs_can_be_read_off(network):
     for with_it, without in zip(deciding, undecided, strict=True):
         assert torch.equal(with_it, without)
     assert decision in (0, 1)
+
+
+def test_each_way_to_learn_a_score_is_held_to_its_formula_and_measured():
+    (w,) = bench_estimators.WORKLOADS
+    few = dataclasses.replace(w, inputs=lambda: [torch.randn(2, 1, 8, 8)])
+    session = Session("cpu", 0.01)
+    session.measure(Case(few, torch.float32, "forward"), {"eager": w.eager, "ours": w.ours})
+    rows = {row.provider: row for row in session.rows}
+    assert list(rows) == ["eager", "ours", "ours, pairs", "exact trace", "SSM-VR", "FD-SSM", "DSM"]
+    assert rows["exact trace"].peak_mb > 20 * rows["SSM-VR"].peak_mb > 20 * rows["ours"].peak_mb
+    assert rows["ours"].peak_mb <= rows["eager"].peak_mb
+    assert rows["exact trace"].p50_ms > 5 * rows["SSM-VR"].p50_ms, "64 backward passes for one"
 
 
 def test_which_steps_are_reused_does_not_depend_on_the_samples():
