@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fastdiff_kernels.diffusion import AdaptiveSkip, Schedule, optimize_schedule, sample
 from fastdiff_kernels.diffusion.guidance import map_tensors
-from fastdiff_kernels.distill import MomentMatchingDistiller, SIMDistiller, Trainer
+from fastdiff_kernels.distill import LearningRate, MomentMatchingDistiller, SIMDistiller, Trainer
 from fastdiff_kernels.integrations.diffusers import ModelDenoiser, as_denoiser, patch
+from tests.diffusion.oracles import gaussian_length, geodesic
 from tests.integrations.models import BY_NAME, randn, unet_2d
 
 DATA = 0.7  # standard deviation of the Gaussian data
@@ -28,6 +29,27 @@ def scheduler(kind: str):
     return diffusers.DDPMScheduler(prediction_type=kind)
 
 
+def unscaled(kind: str, x: Tensor, s: Any) -> Tensor:
+    """x0 + s eps from what the network is given in each convention."""
+    if kind == "flow":
+        return x * (1 + s)
+    return x * (s**2 + (0.25 if kind.startswith("edm") else 1.0)) ** 0.5
+
+
+def spoken(kind: str, x: Tensor, s: Any, denoised: Tensor) -> Tensor:
+    """The network output that means `denoised` at unscaled x in each convention."""
+    noise, v = (x - denoised) / s, s**2 + 0.25
+    raw = (denoised - 0.25 / v * x) * v**0.5 / (0.5 * s)
+    return {
+        "epsilon": noise,
+        "v_prediction": (noise - s * denoised) / (1 + s**2) ** 0.5,
+        "sample": denoised,
+        "flow": noise - denoised,
+        "edm": raw,
+        "edm_v": -raw,
+    }[kind]
+
+
 class Exact(nn.Module):
     """What a perfect model of data N(0, DATA^2) returns in each convention, at the sigma its timestep stands for."""
 
@@ -39,25 +61,33 @@ class Exact(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
         self.times.append(timestep)
-        s = self.sigma
+        x = unscaled(self.kind, x, self.sigma)
+        return (spoken(self.kind, x, self.sigma, x * DATA**2 / (DATA**2 + self.sigma**2)) + self.weight,)
+
+
+class Gaussian(nn.Module):
+    """A model that knows data N(mean, std^2), learns both, and tells the noise level from its timestep."""
+
+    def __init__(self, kind: str, mean: float, std: float) -> None:
+        super().__init__()
+        self.kind = kind
+        self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
+        self.std = nn.Parameter(torch.tensor(std, dtype=torch.float64))
+        abar = diffusers.DDPMScheduler().alphas_cumprod.double()
+        self.log_sigmas = ((1 - abar) / abar).log() / 2
+
+    def level(self, timestep: Tensor) -> Tensor:
         if self.kind == "flow":
-            x = x * (1 + s)
-        elif self.kind.startswith("edm"):
-            x = x * math.hypot(s, 0.5)
-        else:
-            x = x * math.hypot(1, s)
-        denoised = x * DATA**2 / (DATA**2 + s**2)
-        noise = (x - denoised) / s
-        v = s**2 + 0.25
-        output = {
-            "epsilon": noise,
-            "v_prediction": (noise - s * denoised) / math.hypot(1, s),
-            "sample": denoised,
-            "flow": noise - denoised,
-            "edm": (denoised - 0.25 / v * x) * math.sqrt(v) / (0.5 * s),
-            "edm_v": -(denoised - 0.25 / v * x) * math.sqrt(v) / (0.5 * s),
-        }[self.kind]
-        return (output + self.weight,)
+            return timestep / (1000 - timestep)
+        if self.kind.startswith("edm"):
+            return (4 * timestep).exp()
+        low = timestep.long().clamp(max=998)
+        return torch.lerp(self.log_sigmas[low], self.log_sigmas[low + 1], timestep - low).exp()
+
+    def forward(self, x: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        s = self.level(timestep.double()).view(-1, *[1] * (x.dim() - 1))
+        x = unscaled(self.kind, x, s)
+        return (spoken(self.kind, x, s, (self.std**2 * x + s**2 * self.mean) / (self.std**2 + s**2)),)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -213,17 +243,69 @@ def test_guidance_alone_and_time_scales_of_no_flow_are_refused() -> None:
         as_denoiser(nn.Linear(1, 1), diffusers.DDPMScheduler(), time_scale=1.0)
 
 
-def test_a_patched_model_is_sampled_scheduled_and_distilled() -> None:
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@every_kind
+def test_schedules_of_gaussian_data_are_the_geodesics(kind: str) -> None:
+    denoiser = as_denoiser(Gaussian(kind, 0.0, 0.5), scheduler(kind), sigma_data=0.5)
+    data = 0.5 * randn(200, 1024).double()
+    schedule = optimize_schedule(denoiser, data, 6, sigma_min=0.05, sigma_max=20.0, knots=128, batch_size=8)
+    exact = geodesic(gaussian_length(0.5), 5, 0.05, 20.0)
+    assert schedule.sigmas[:-1].log().tolist() == pytest.approx([math.log(level) for level in exact], abs=0.02)
+
+
+@every_kind
+def test_a_one_step_student_of_a_gaussian_reaches_its_law(kind: str) -> None:
+    sim = SIMDistiller(
+        as_denoiser(Gaussian(kind, 0.0, 1.0), scheduler(kind), sigma_data=0.5),
+        sample_shape=(1,),
+        learning_rate=LearningRate(0.05, "linear", 200),
+    )
+    sim.teacher.model.load_state_dict(Gaussian(kind, 0.6, 0.5).state_dict())
+    for _ in range(200):
+        metrics = sim.step(256)
+    samples = sim.sample(20_000)
+    assert samples.mean().item() == pytest.approx(0.6, abs=0.06)
+    assert samples.std().item() == pytest.approx(0.5, abs=0.05)
+    assert metrics["gap"] < 1e-2
+
+
+@every_kind
+def test_a_few_step_student_of_a_gaussian_keeps_its_law_better_than_the_teacher(kind: str) -> None:
+    teacher = as_denoiser(Gaussian(kind, 0.6, 0.5), scheduler(kind), sigma_data=0.5)
+    # The noise levels stay within the table of DDPM.
+    options: dict[str, Any] = {"num_steps": 4, "sigma_min": 0.02}
+    student = MomentMatchingDistiller(teacher, learning_rate=LearningRate(0.03, "linear", 120), shared_batch=True, **options)
+    before = MomentMatchingDistiller(teacher, sample_shape=(1,), **options).sample(20_000)
+    data = torch.Generator().manual_seed(0)
+    for _ in range(120):
+        student.step(0.6 + 0.5 * torch.randn(512, 1, dtype=torch.float64, generator=data))
+    samples = student.sample(20_000)
+    assert samples.mean().item() == pytest.approx(0.6, abs=0.08)
+    assert abs(samples.std().item() - 0.5) < 0.6 * abs(before.std().item() - 0.5)
+
+
+def moved(recipe: SIMDistiller | MomentMatchingDistiller) -> bool:
+    """Whether every averaged parameter is another than the teacher's."""
+    pairs = zip(recipe.generator.parameters(), recipe.teacher.parameters(), strict=True)
+    return all(bool(torch.isfinite(own).all()) and not torch.equal(own, first) for own, first in pairs)
+
+
+@every_kind
+def test_a_patched_model_is_sampled_scheduled_and_distilled(kind: str) -> None:
     model = unet_2d(block_out_channels=(8, 8), attention_head_dim=4)
     patch(model)
-    denoiser = as_denoiser(model, diffusers.DDPMScheduler(), sigma_data=0.5)
+    denoiser = as_denoiser(model, scheduler(kind), sigma_data=0.5)
     data = randn(8, 3, 8, 8) * 0.5
     schedule = optimize_schedule(denoiser.eval(), data, 3, sigma_min=0.05, sigma_max=20, knots=5, batch_size=2)
+    assert bool((schedule.sigmas.diff() < 0).all())
     result = sample(denoiser, randn(2, 3, 8, 8), schedule, solver="euler")
     assert result.nfe == 3
     assert torch.isfinite(result.samples).all()
     sim = SIMDistiller(denoiser, sample_shape=(3, 8, 8))
-    assert math.isfinite(sim.step(2)["gap"])
-    student = MomentMatchingDistiller(denoiser, num_steps=2)
-    assert math.isfinite(student.step(data[:2])["gap"])
-    assert sim.sample(2).shape == student.sample(2).shape == (2, 3, 8, 8)
+    student = MomentMatchingDistiller(denoiser, num_steps=2, sigma_min=0.02)
+    for recipe, batch in ((sim, 2), (student, data[:2])):
+        assert all(math.isfinite(value) for _ in range(4) for value in recipe.step(batch).values())
+        assert moved(recipe)
+        assert torch.isfinite(recipe.sample(2)).all()
