@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastdiff_kernels import ops
 from fastdiff_kernels.diffusion import edm_weight
 from fastdiff_kernels.distill import LearningRate, MomentMatchingDistiller
+
+from ..ops.normals import orthonormal
 
 
 def fixed_point(c, sigma_t, sigma_s):
@@ -59,6 +63,28 @@ def test_losses_vanish_in_gradient_exactly_at_the_fixed_point(levels):
         slopes.append(slope.item())
     assert slopes[0] < 0 < slopes[2]
     assert abs(slopes[1]) < 0.05 * min(-slopes[0], slopes[2])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(c=st.floats(0.2, 2.0), sigma_t=st.floats(0.1, 20.0), share=st.floats(0.05, 0.95))
+def test_losses_of_any_gaussian_have_the_fixed_point_in_closed_form(c, sigma_t, share):
+    """With exact moments instead of samples: data N(0, c^2), student x~ = A z_t, posterior noise of its own."""
+    sigma_s, ratio = share * sigma_t, share**2
+    variance, kappa = c**2 + sigma_t**2, c**2 / (c**2 + sigma_s**2)
+    noisy, noise = orthonormal(16, 1, 1)
+    noisy, noise = variance**0.5 * noisy, sigma_s * (1 - ratio) ** 0.5 * noise
+    for factor in (0.5, 1.0, 2.0):
+        a = torch.tensor(factor * fixed_point(c, sigma_t, sigma_s), dtype=torch.float64, requires_grad=True)
+        sample = a * noisy
+        z = (ratio * noisy + (1 - ratio) * sample + noise).detach()
+        optimum = (student_moment(a.item(), c, sigma_t, sigma_s) + kappa) / 2
+        h = torch.tensor(optimum, dtype=torch.float64, requires_grad=True)
+        (at_optimum,) = torch.autograd.grad(ops.moment_matching_auxiliary_loss(sample.detach(), h * z, kappa * z).mean(), h)
+        assert at_optimum.item() == pytest.approx(0, abs=1e-9 * z.square().mean().item())
+        (slope,) = torch.autograd.grad(ops.moment_matching_loss(sample, optimum * z, kappa * z).mean(), a)
+        gap = optimum - kappa
+        assert slope.item() == pytest.approx(gap * (noisy * z).mean().item(), rel=1e-9, abs=1e-9)
+        assert abs(gap) < 1e-6 * kappa if factor == 1 else gap * (factor - 1) > 0
 
 
 @pytest.mark.parametrize("shared_batch", [False, True])

@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastdiff_kernels import ops
 from fastdiff_kernels.distill import KarrasUniform, LearningRate, SIMDistiller
+
+from .conftest import GaussianDenoiser
 
 # generator x0 = a z + b, teacher N(mu, c0^2); the fake is exact, N(b, a^2)
 CASES = [(0.8, 0.3, -0.5, 1.1, 0.7), (0.5, -0.2, 0.4, 0.9, 1.3), (1.6, 1.0, 0.2, 0.6, 0.4), (0.9, 0.0, 0.0, 1.2, 3.0)]
@@ -19,12 +23,12 @@ def gauss_hermite(points):
     return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
 
 
-def expected_loss(gaussian_denoiser, case, distance, c, couple=True):
+def expected_loss(gaussian_denoiser, case, distance, c, couple=True, points=80):
     """E[L_SIM] by quadrature over (z, eps), in score space with constant c and weight 1, and the parameters (a, b) it depends on."""
     a, b, mu, c0, sigma = case
     a, b = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (a, b))
     teacher, fake = gaussian_denoiser(mu, c0), gaussian_denoiser(b.detach(), a.detach())
-    nodes, weights = gauss_hermite(80)
+    nodes, weights = gauss_hermite(points)
     z, noise = (grid.reshape(-1, 1) for grid in torch.meshgrid(nodes, nodes, indexing="ij"))
     clean = a * z + b
     noisy = clean + sigma * noise
@@ -55,6 +59,33 @@ def test_loss_is_zero_on_average_and_its_gradient_is_the_divergences(gaussian_de
     assert loss.item() == pytest.approx(0.0, abs=1e-5)
     assert found == pytest.approx(theorem(case, distance, c), rel=5e-3, abs=1e-6)
     assert max(map(abs, found)) > 1e-4
+
+
+SPREAD, MEAN = st.floats(0.3, 3.0), st.floats(-2, 2)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(a=SPREAD, b=MEAN, mu=MEAN, c0=SPREAD, sigma=st.floats(0.3, 10.0))
+def test_l2_gradients_of_any_gaussians_in_closed_form(a, b, mu, c0, sigma):
+    """E[L] = 0, dE[L]/db = 2 (b - mu) / (Vp Vq), dE[L]/da = 4 a (1 / Vq - 1 / Vp) / Vp; four nodes are exact for its polynomials."""
+    loss, *parameters = expected_loss(GaussianDenoiser, (a, b, mu, c0, sigma), "l2", 0.0, points=4)
+    found = [gradient.item() for gradient in torch.autograd.grad(loss, parameters)]
+    vp, vq = a**2 + sigma**2, c0**2 + sigma**2
+    exact = [4 * a * (1 / vq - 1 / vp) / vp, 2 * (b - mu) / (vp * vq)]
+    assert loss.item() == pytest.approx(0, abs=1e-9 / min(sigma, 1) ** 4)
+    assert found == pytest.approx(exact, rel=1e-8, abs=1e-10 / min(sigma, 1) ** 4)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(a=SPREAD, b=MEAN, mu=MEAN, c0=SPREAD, sigma=st.floats(0.3, 10.0), width=st.floats(1.0, 5.0))
+def test_pseudo_huber_gradients_of_any_gaussians_are_the_divergences(a, b, mu, c0, sigma, width):
+    """The theorem's right-hand side by quadrature, a closed form being known for a mean shift alone; c such that the bend is resolved."""
+    vp, vq = a**2 + sigma**2, c0**2 + sigma**2
+    c = width * (vp**0.5 * abs(1 / vp - 1 / vq) + abs(b - mu) / vq + 1e-2)
+    loss, *parameters = expected_loss(GaussianDenoiser, (a, b, mu, c0, sigma), "pseudo_huber", c)
+    found = [gradient.item() for gradient in torch.autograd.grad(loss, parameters)]
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert found == pytest.approx(theorem((a, b, mu, c0, sigma), "pseudo_huber", c), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
-"""What tests of noise share: drawn by the kernel, by the definition, and how far apart they are."""
+"""What tests of noise share: drawn by the kernel, by the definition, how far apart they are, and noise with exact moments."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -23,3 +25,10 @@ def ulps(actual, expected):
     """The distance between two float32 tensors in steps of expected's last place."""
     spacing = torch.from_numpy(np.spacing(expected.abs().numpy()))
     return ((actual.double() - expected.double()).abs() / spacing).max().item()
+
+
+def orthonormal(count, *groups, dtype=torch.float64):
+    """Samples whose empirical means and second moments are exactly those of independent standard normals. -> [count, width] each group"""
+    # Orthogonal to the first column is of mean 0.
+    q, _ = torch.linalg.qr(torch.cat((torch.ones(count, 1, dtype=dtype), torch.randn(count, sum(groups), dtype=dtype)), dim=1))
+    return (math.sqrt(count) * q[:, 1:]).split(groups, dim=1)

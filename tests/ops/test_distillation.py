@@ -258,16 +258,12 @@ def test_sim_loss_does_not_change_when_everything_is_moved_or_scaled():
     torch.testing.assert_close(ops.sim_loss(*[4 * x for x in inputs], c=1.2), 4 * plain)
 
 
-@pytest.mark.parametrize(
-    ("case", "c", "expected"),
-    [({}, 0.4, 0.4459654), ({"sigma": 1.3, "shift": -0.8, "dimension": 3}, 0.7, None), ({"dimension": 5}, 0.0, None)],
-)
-def test_sim_gradient_of_a_mean_shift(case, c, expected):
-    """Data N(mu, c0^2), generator N(b, c0^2): the mean loss's gradient in b is Delta / (v sqrt(|Delta|^2 + C^2 v^2)), Delta = b - mu."""
-    sigma, shift, dimension, spread = (case.get(k, v) for k, v in (("sigma", 0.7), ("shift", 0.37), ("dimension", 1), ("spread", 0.9)))
+def mean_shift(spread, sigma, shift, c):
+    """Data N(mu, c0^2), generator N(b, c0^2): the mean loss's gradient in b, and Delta / (v sqrt(|Delta|^2 + C^2 v^2)), which it is."""
+    shift = torch.as_tensor(shift, dtype=torch.float64)  # Delta = b - mu, [d]; mu = 0
     variance = spread**2 + sigma**2
-    b = torch.full((dimension,), shift, dtype=torch.float64, requires_grad=True)
-    z, noise = torch.randn(2, 4001, dimension, dtype=torch.float64)
+    b = shift.clone().requires_grad_()
+    z, noise = torch.randn(2, 5, len(shift), dtype=torch.float64)
     # Antithetic pairs make the estimate exact, the loss being linear in z and the noise.
     z, noise = torch.cat((z, -z)), torch.cat((noise, -noise))
     sample = b + spread * z
@@ -277,11 +273,23 @@ def test_sim_gradient_of_a_mean_shift(case, c, expected):
     # Scores are (D - x) / sigma^2: a distance of scores with constant C is one of denoisers with C sigma^2.
     loss = ops.sim_loss(fake, teacher, sample, weight=1 / sigma**2, c=c * sigma**2).mean()
     (found,) = torch.autograd.grad(loss, b)
-    distance = shift * dimension**0.5
-    exact = shift / (variance * math.sqrt(distance**2 + (c * variance) ** 2))
-    torch.testing.assert_close(found, torch.full_like(found, exact))
-    assert expected is None or found.item() == pytest.approx(expected, abs=5e-8)
-    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert loss.item() == pytest.approx(0, abs=1e-12 / sigma**2)
+    return found, shift / (variance * (shift.square().sum() + (c * variance) ** 2).sqrt())
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    spread=st.floats(0.1, 3.0),
+    sigma=st.floats(0.1, 10.0),
+    shift=st.lists(st.floats(-3, 3).filter(lambda value: abs(value) > 1e-2), min_size=1, max_size=6),
+    c=st.one_of(st.just(0.0), st.floats(1e-3, 3.0)),
+)
+def test_sim_gradient_of_a_mean_shift(spread, sigma, shift, c):
+    torch.testing.assert_close(*mean_shift(spread, sigma, shift, c), rtol=1e-8, atol=1e-12)
+
+
+def test_sim_gradient_of_a_mean_shift_printed_value():
+    assert mean_shift(0.9, 0.7, [0.37], 0.4)[0].item() == pytest.approx(0.4459654, abs=5e-8)
 
 
 def test_moment_matching_gradients_go_where_the_names_say():

@@ -117,15 +117,40 @@ def test_posterior_of_close_levels_keeps_its_spread():
     torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("sigma_s", "sigma_t"), [(0.2, 1.0), (0.9, 1.0), (2.0, 80.0)])
-def test_posterior_mean_and_variance(sigma_s, sigma_t):
-    """Chapman-Kolmogorov: what was noised to sigma_t and sampled back given the true x0 has the law of x0 noised to sigma_s."""
-    count = 200_000
-    generator = torch.Generator().manual_seed(3)
-    noisy = 1.5 + sigma_t * torch.randn(1, count, generator=generator)
-    found = ops.posterior_sample(torch.full((1, count), 1.5), noisy, sigma_s, sigma_t, SEED).double()
-    assert abs(found.mean() - 1.5) < 4 * sigma_s / math.sqrt(count)
-    assert abs(found.var() / sigma_s**2 - 1) < 4 * math.sqrt(2 / count)
+COUNT = 20_000
+LEVEL, SHARE = st.floats(0.05, 50.0), st.floats(0.05, 0.98)
+
+
+def assert_moments(values, mean, variance):
+    """Mean and variance of independent normal values [n], as far as their number tells."""
+    assert abs(values.mean() - mean) < 5 * math.sqrt(variance / len(values))
+    assert abs(values.var() / variance - 1) < 5 * math.sqrt(2 / len(values))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(sigma_t=LEVEL, share=SHARE, seed=st.integers(0, 2**40))
+def test_posterior_mean_and_variance(sigma_t, share, seed):
+    """z_s | z_t, D ~ N(r z_t + (1 - r) D, sigma_s^2 (1 - r)), r = (sigma_s / sigma_t)^2, whatever z_t and D."""
+    sigma_s, ratio = share * sigma_t, share**2
+    denoised, noisy = normals(1, COUNT)
+    found = ops.posterior_sample(denoised, sigma_t * noisy, sigma_s, sigma_t, seed)
+    mean = ratio * sigma_t * noisy + (1 - ratio) * denoised
+    assert_moments((found - mean)[0], 0, sigma_s**2 * (1 - ratio))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(sigma_t=LEVEL, share=SHARE, centre=st.floats(-3, 3), spread=st.floats(0.1, 3.0), seed=st.integers(0, 2**40))
+def test_noised_and_sampled_back_is_the_chain(sigma_t, share, centre, spread, seed):
+    """Chapman-Kolmogorov for data N(m, c^2): given the true x0, z_s has the law of x0 noised to sigma_s, and z_t - z_s is new noise."""
+    sigma_s = share * sigma_t
+    clean, forward = normals(1, COUNT)
+    clean = centre + spread * clean
+    noisy = clean + sigma_t * forward
+    found = ops.posterior_sample(clean, noisy, sigma_s, sigma_t, seed)
+    assert_moments(found[0], centre, spread**2 + sigma_s**2)
+    assert_moments((noisy - found)[0], 0, sigma_t**2 - sigma_s**2)
+    correlation = torch.corrcoef(torch.cat((clean, found - clean, noisy - found))) - torch.eye(3)
+    assert correlation.abs().max() < 5 / math.sqrt(COUNT)
 
 
 def test_posterior_noise_has_a_stream_of_its_own():

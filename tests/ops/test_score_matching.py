@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastdiff_kernels import _scale, ops
 
 from ..helpers import FLOATS, assert_accurate, assert_bitwise, assert_independent_of_batch, assert_independent_of_threads
-from .normals import SEED, definition, noise, ulps
+from .normals import SEED, definition, noise, orthonormal, ulps
 
 # In float64 the eager composition is itself the truth: test_any_shape_and_layout and the table's contract compare there.
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -141,32 +141,40 @@ def test_perturbing_by_nothing_copies(dtype):
     assert_bitwise(ops.lcss_perturb(x, 0.0, SEED), x)
 
 
-def orthonormal(count, *groups, dtype=torch.float64):
-    """Samples whose empirical second moments are exactly those of independent standard normals. -> [count, width] for each group"""
-    q, _ = torch.linalg.qr(torch.randn(count, sum(groups), dtype=dtype))
-    return (math.sqrt(count) * q).split(groups, dim=1)
+LEVELS, GAMMAS, DIMENSIONS = st.floats(0.05, 5.0), st.floats(0.2, 3.0), st.integers(1, 8)
 
 
-GAUSSIAN_CASES = [(1.3, 0.6, 4, 1.0), (0.5, 2.0, 3, 0.4), (2.0, 0.1, 7, 1.7)]
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(spread=LEVELS, centre=st.floats(-2, 2), sigma=LEVELS, dimension=DIMENSIONS, gamma=GAMMAS, k=st.floats(0.01, 3.0))
+def test_lcss_on_a_gaussian(spread, centre, sigma, dimension, gamma, k):
+    """Data N(mu, c^2 I_d), s = -k (x - m): J = -gamma k d + k^2 (d (c^2 + sigma^2) + |mu - m|^2) / 2, least at gamma times the score."""
+    data, z = orthonormal(32, dimension, dimension)
+    x, total = centre + spread * data + sigma * z, spread**2 + sigma**2
 
+    def objective(k, m):
+        return ops.lcss_loss(-k * (x - m), z, sigma, gamma=gamma).mean()
 
-@pytest.mark.parametrize(("spread", "sigma", "dimension", "gamma"), GAUSSIAN_CASES)
-def test_lcss_on_a_gaussian(spread, sigma, dimension, gamma):
-    """Data N(0, c^2 I_d), s = -k x: J(k) = -gamma k d + k^2 d (c^2 + sigma^2) / 2, least at gamma / (c^2 + sigma^2)."""
-    data, z = orthonormal(64, dimension, dimension)
-    x = spread * data + sigma * z
-
-    def objective(k):
-        return ops.lcss_loss(-k * x, z, sigma, gamma=gamma).mean()
-
-    total = spread**2 + sigma**2
-    for k in (0.4, 1.1):
-        assert objective(k).item() == pytest.approx(-gamma * k * dimension + 0.5 * k**2 * dimension * total)
-    best = torch.tensor(gamma / total, dtype=torch.float64, requires_grad=True)
-    value = objective(best)
-    (slope,) = torch.autograd.grad(value, best)
-    assert slope.item() == pytest.approx(0, abs=1e-12 * dimension)
+    m = 0.3
+    expected = -gamma * k * dimension + 0.5 * k**2 * dimension * (total + (centre - m) ** 2)
+    assert objective(k, m).item() == pytest.approx(expected, rel=1e-9, abs=1e-9 * (gamma * k + k**2))
+    best = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (gamma / total, centre)]
+    value = objective(*best)
     assert value.item() == pytest.approx(-(gamma**2) * dimension / (2 * total))
+    for slope in torch.autograd.grad(value, best):
+        assert slope.item() == pytest.approx(0, abs=1e-10 * dimension * (gamma + gamma**2 / total) * (1 + 1 / total))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(sigma=LEVELS, dimension=DIMENSIONS, gamma=GAMMAS, k=st.floats(0.01, 3.0), seed=st.integers(0, 2**40))
+def test_an_antithetic_pair_on_a_gaussian_sample_by_sample(sigma, dimension, gamma, k, seed):
+    """s = -k x: -gamma k |z|^2 + k^2 (|x|^2 + sigma^2 |z|^2) / 2 for every x and every seed's z; the products of x and z cancel."""
+    x = torch.randn(5, dimension, dtype=torch.float64)
+    plus, minus = (-k * ops.lcss_perturb(x, sigma, seed, mirrored=mirrored) for mirrored in (False, True))
+    squares = [value.square().sum(1) for value in (x, noise(5, dimension, seed=seed, dtype=torch.float64))]
+    expected = -gamma * k * squares[1] + 0.5 * k**2 * (squares[0] + sigma**2 * squares[1])
+    scale = expected.abs() + k * (gamma + k) * (squares[0] + squares[1])
+    found = ops.lcss_loss(plus, seed, sigma, gamma=gamma, mirrored=minus)
+    assert ((found - expected).abs() <= 1e-12 * scale / min(sigma, 1)).all()
 
 
 def test_lcss_on_a_gaussian_printed_values():
@@ -176,8 +184,9 @@ def test_lcss_on_a_gaussian_printed_values():
     assert ops.lcss_loss(-x / 2.05, z, 0.6).mean().item() == pytest.approx(-0.975610, abs=5e-7)
 
 
-@pytest.mark.parametrize(("spread", "sigma", "dimension", "gamma"), GAUSSIAN_CASES)
-def test_with_the_forward_noise_lcss_is_denoising_score_matching(spread, sigma, dimension, gamma):
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(sigma=LEVELS, dimension=DIMENSIONS)
+def test_with_the_forward_noise_lcss_is_denoising_score_matching(sigma, dimension):
     """gamma = 1: the losses differ by |z|^2 / (2 sigma^2), so the gradients are equal, sample by sample, for any score."""
     score, z = (torch.randn(16, dimension, dtype=torch.float64) for _ in range(2))
     score.requires_grad_()
@@ -188,27 +197,42 @@ def test_with_the_forward_noise_lcss_is_denoising_score_matching(spread, sigma, 
     torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), score)[0] for loss in (lcss, denoising)))
 
 
-@pytest.mark.parametrize(("spread", "level", "sigma"), [(1.0, 0.8, 0.3), (0.5, 2.0, 1.5)])
-def test_local_smoothing_of_noisy_data_learns_the_total_level(spread, level, sigma):
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(spread=LEVELS, level=LEVELS, sigma=LEVELS, dimension=st.integers(1, 4))
+def test_local_smoothing_of_noisy_data_learns_the_total_level(spread, level, sigma, dimension):
     """Noise of level sigma_t first and a perturbation of its own after it: the minimiser is the score at sqrt(sigma_t^2 + sigma^2)."""
-    data, forward, z = orthonormal(64, 2, 2, 2)
-    x = spread * data + level * forward + sigma * z
-    k = torch.tensor(1 / (spread**2 + level**2 + sigma**2), dtype=torch.float64, requires_grad=True)
+    data, forward, z = orthonormal(32, dimension, dimension, dimension)
+    x, total = spread * data + level * forward + sigma * z, spread**2 + level**2 + sigma**2
+    k = torch.tensor(1 / total, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(ops.lcss_loss(-k * x, z, sigma).mean(), k)
-    assert slope.item() == pytest.approx(0, abs=1e-12)
+    assert slope.item() == pytest.approx(0, abs=1e-10 * dimension * total / sigma**2)
+
+
+def stein(f, x, sigma):
+    """E[f(x') (x' - x)] / sigma^2 over x' ~ N(x, sigma^2) from the loss, by Gauss-Hermite quadrature, and the nodes with their weights."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(120)
+    z, weight = torch.from_numpy(nodes)[:, None], torch.from_numpy(weights / weights.sum())
+    moved = x + sigma * z
+    value = f(moved)
+    return (ops.lcss_loss(value, z, sigma, weight=weight) - 0.5 * weight * value[:, 0].square()).sum().item(), moved, weight
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(x=st.floats(-3, 3), sigma=st.floats(0.05, 2.0), wave=st.floats(0.1, 3.0), bend=st.floats(-1, 1))
+def test_stein_identity_in_closed_form(x, sigma, wave, bend):
+    """E[f'(x')] = w cos(w x) exp(-w^2 sigma^2 / 2) + 2 a x for f = sin(w x) + a x^2, without a derivative taken."""
+    found, _, _ = stein(lambda moved: (wave * moved).sin() + bend * moved.square(), x, sigma)
+    expected = wave * math.cos(wave * x) * math.exp(-((wave * sigma) ** 2) / 2) + 2 * bend * x
+    assert found == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(("x", "sigma", "expected"), [(0.4, 0.7, 0.91890081), (-1.1, 0.3, None), (0.0, 1.0, None)])
 def test_stein_identity_for_a_nonlinear_score(x, sigma, expected):
-    """E[f(x') (x' - x)] / sigma^2 = E[f'(x')] over N(x, sigma^2), by Gauss-Hermite quadrature of f = tanh x + 0.3 x^2."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(120)
-    z, weight = torch.from_numpy(nodes)[:, None], torch.from_numpy(weights / weights.sum())
-    moved = x + sigma * z
-    f = moved.tanh() + 0.3 * moved.square()
-    stein = (ops.lcss_loss(f, z, sigma, weight=weight) - 0.5 * weight * f[:, 0].square()).sum().item()
+    """The same for f = tanh x + 0.3 x^2, against the quadrature of f'."""
+    found, moved, weight = stein(lambda moved: moved.tanh() + 0.3 * moved.square(), x, sigma)
     trace = (weight * (1 / moved.cosh().square() + 0.6 * moved)[:, 0]).sum().item()
-    assert stein == pytest.approx(trace, abs=1e-8)
-    assert expected is None or stein == pytest.approx(expected, abs=5e-8)
+    assert found == pytest.approx(trace, abs=1e-8)
+    assert expected is None or found == pytest.approx(expected, abs=5e-8)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
