@@ -42,6 +42,8 @@ class FusedSD35AdaLayerNormZeroX(Replacement, host.SD35AdaLayerNormZeroX):
     replaces = host.SD35AdaLayerNormZeroX
 
     def forward(self, hidden_states: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
+        if is_watched(self.norm):  # its one output is modulated twice
+            return super().forward(hidden_states, emb)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = self.linear(self.silu(emb)).chunk(9, dim=1)
         first, second = modulated(self.norm, hidden_states, shift, scale), modulated(self.norm, hidden_states, shift2, scale2)
         return first, gate, shift_mlp, scale_mlp, gate_mlp, second, gate2

@@ -53,7 +53,8 @@ def patch(model_or_pipeline: Any) -> PatchReport:
     """
     entries: list[Entry] = []
     for prefix, model in _models(model_or_pipeline):
-        entries += _patch_model(prefix, model) if _is_known(model) else _leave_model(prefix, model)
+        reason = _left_whole(model)
+        entries += _patch_model(prefix, model) if reason is None else _leave_model(prefix, model, reason)
     return PatchReport(type(_unwrapped(model_or_pipeline)).__name__, entries, host.MISSING)
 
 
@@ -90,8 +91,17 @@ def _is_known(model: nn.Module) -> bool:
     return isinstance(model, tuple(getattr(diffusers, name) for name in MODELS if hasattr(diffusers, name)))
 
 
-def _leave_model(prefix: str, model: nn.Module) -> list[Entry]:
-    reason = f"{type(model).__name__} is not one of the models that are known here"
+def _left_whole(model: nn.Module) -> str | None:
+    if not _is_known(model):
+        return f"{type(model).__name__} is not one of the models that are known here"
+    modules = list(model.modules())
+    patched = any(isinstance(module, Replacement) for module in modules)
+    if not patched and any(module._backward_hooks and not module._is_full_backward_hook for module in modules):
+        return "hooks of register_backward_hook are in the model, which see what its last operations are; use register_full_backward_hook"
+    return None
+
+
+def _leave_model(prefix: str, model: nn.Module, reason: str) -> list[Entry]:
     return [Entry(_join(prefix, name), type(module).__name__, reason=reason) for name, module in model.named_modules()]
 
 
@@ -203,7 +213,9 @@ def _patch_output(prefix: str, model: Any, found: dict[int, Entry]) -> None:
     activation: Any = getattr(model, "conv_act", None)
     if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU or _refused(norm) or _refused(activation):
         return
-    base = next(base for base in type(model).__mro__ if base.__name__ in MODELS)
+    base = next((base for base in (host.UNet2DModel, host.UNet2DConditionModel) if isinstance(model, base)), None)
+    if base is None:
+        return
     if reason := difference(base):
         found[id(activation)] = Entry(_join(prefix, "conv_act"), "SiLU", reason=reason)
         return

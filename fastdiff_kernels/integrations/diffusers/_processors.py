@@ -54,6 +54,8 @@ class FusedAttnProcessor(Fused, AttnProcessor2_0):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        if _is_watched(attn):
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         lengths = None
         if attention_mask is not None:
             lengths = key_lengths(attention_mask, *_keys(hidden_states if encoder_hidden_states is None else encoder_hidden_states))
@@ -102,6 +104,8 @@ class FusedJointAttnProcessor(Fused, JointAttnProcessor2_0):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if _is_watched(attn):
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         tokens, heads = hidden_states.shape[1], (attn.heads, -1)
         query, key, value = (project(hidden_states).unflatten(-1, heads) for project in (attn.to_q, attn.to_k, attn.to_v))
         query, key = normed(attn.norm_q, attn.norm_k, query, key)
@@ -133,6 +137,8 @@ class FusedFluxAttnProcessor(Fused, FluxAttnProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if _is_watched(attn):
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if attention_mask is not None or _has_choices(self):
             _say_once("an attention mask, another attention backend or context parallelism is left to diffusers' Flux processor")
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -169,6 +175,8 @@ class FusedWanAttnProcessor(Fused, WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        if _is_watched(attn):
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         # How many of the keys belong to an image is a constant inside diffusers' processor.
         if attention_mask is not None or attn.add_k_proj is not None or _has_choices(self):
             _say_once("image keys, an attention mask, another attention backend or context parallelism is left to diffusers' Wan processor")
@@ -234,7 +242,7 @@ def normed(
 
 def _one_norm(norm_q: Any, norm_k: Any, query: Tensor) -> tuple[str, Tensor | None, Tensor | None, float] | None:
     """(norm, weights, eps) as `ops.qk_norm_rope` takes them, or None where the two norms are not one of its."""
-    if type(norm_q) is not type(norm_k) or norm_q is None or norm_k is None or is_watched(norm_q) or is_watched(norm_k):
+    if type(norm_q) is not type(norm_k) or norm_q is None or norm_k is None:
         return None
     if isinstance(norm_q, (nn.RMSNorm, RMSNorm)):
         kind = "rms"
@@ -262,7 +270,7 @@ def _apply(norm: Any, x: Tensor) -> Tensor:
 def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """The norm of tokens [B, N, C] over their channels."""
     x = x.transpose(1, 2)
-    if torch.compiler.is_compiling() or is_watched(norm) or not pays("group_norm", x):
+    if torch.compiler.is_compiling() or not pays("group_norm", x):
         return norm(x).transpose(1, 2)
     return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, activation=None).transpose(1, 2)
 
@@ -279,6 +287,12 @@ def _rows(angles: Tensor | None, start: int, stop: int | None) -> Tensor | None:
 
 def _keys(x: Tensor) -> tuple[int, int]:
     return x.shape[0], x.shape[1] if x.dim() == 3 else x.shape[2:].numel()
+
+
+def _is_watched(attn: Any) -> bool:
+    """Whether hooks wait for what an op does here, in the layout in which diffusers does it."""
+    names = ("group_norm", "norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    return any(is_watched(norm) for norm in (getattr(attn, name, None) for name in names) if norm is not None)
 
 
 def _has_choices(processor: Any) -> bool:
