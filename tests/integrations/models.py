@@ -163,13 +163,35 @@ def wan(**options: Any) -> nn.Module:
     )
 
 
+def vae() -> nn.Module:
+    """As many latents as pixels."""
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, latent_channels=4, shift_factor=0.0).eval()
+
+
 def dit_pipeline(scheduler: Any = None) -> diffusers.DiTPipeline:
     """A class-conditional pipeline with guidance that has no callbacks."""
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, latent_channels=4).eval()
-    model = dit(in_channels=4, out_channels=8).eval()
+    decoder, model = vae(), dit(in_channels=4, out_channels=8).eval()
     torch.nn.init.normal_(model.proj_out_2.weight, std=0.1)
-    pipeline = diffusers.DiTPipeline(model, vae, scheduler or diffusers.DDIMScheduler())
+    pipeline = diffusers.DiTPipeline(model, decoder, scheduler or diffusers.DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def text_pipeline(name: str, scheduler: Any, **options: Any) -> Any:
+    """A pipeline that is prompted with embeddings: "sd", "sd3", "flux" or "pixart"."""
+    decoder = vae()
+    if name == "sd":
+        unet = unet_condition(**options).eval()
+        pipeline = diffusers.StableDiffusionPipeline(decoder, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+    elif name == "sd3":
+        pipeline = diffusers.StableDiffusion3Pipeline(sd3(**options).eval(), scheduler, decoder, None, None, None, None, None, None)
+    elif name == "flux":
+        pipeline = diffusers.FluxPipeline(scheduler, decoder, None, None, None, None, flux(in_channels=16, **options).eval())
+    else:
+        model = pixart(out_channels=8, **options).eval()
+        torch.nn.init.normal_(model.proj_out.weight, std=0.1)
+        pipeline = diffusers.PixArtAlphaPipeline(None, None, decoder, model, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

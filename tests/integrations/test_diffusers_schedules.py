@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastdiff_kernels.diffusion import Schedule, sample
-from tests.integrations.models import dit_pipeline, randn
+from fastdiff_kernels.integrations.diffusers import as_denoiser
+from tests.integrations.models import dit_pipeline, randn, text_pipeline
 
 DATA = 0.7
 LEVELS = Schedule([14.0, 6.0, 2.5, 1.1, 0.4, 0.1, 0.0])
@@ -85,20 +86,56 @@ def test_eulers_steps_along_the_levels_are_ours(name: str) -> None:
     torch.testing.assert_close(sampled(scheduler, start, predict), ours, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dpm", "unipc"])
+@pytest.mark.parametrize("name", ["dpm", "dpm_flow", "unipc", "unipc_flow"])
 def test_multistep_solvers_reach_the_data_along_the_levels(name: str) -> None:
     build, _ = SCHEDULERS[name]
-    scheduler, schedule = build(), Schedule.karras(24, 0.03, 14.0)
-    schedule.to_diffusers(scheduler)
+    scheduler, schedule, flow = build(), Schedule.karras(24, 0.03, 14.0), name.endswith("flow")
+    (schedule.to_flow_matching() if flow else schedule).to_diffusers(scheduler)
     noise = randn(2, 3, 4, 4)
 
     def predict(x: Tensor, level: float) -> Tensor:
-        full = x * math.hypot(1, level)
-        return (full - gaussian(full, torch.full((2,), level))) / level
+        s = level / (1 - level) if flow else level
+        full = x * (1 + s if flow else math.hypot(1, s))
+        denoised = gaussian(full, torch.full((2,), s))
+        predicted_noise = (full - denoised) / s
+        return predicted_noise - denoised if flow else predicted_noise
 
     # The probability flow of Gaussian data is known.
     exact = noise * 14.0 * DATA / math.hypot(DATA, 14.0)
-    torch.testing.assert_close(sampled(scheduler, noise * 14.0 / math.hypot(1, 14.0), predict), exact, rtol=0.02, atol=0.01)
+    start = noise * 14.0 / (15.0 if flow else math.hypot(1, 14.0))
+    torch.testing.assert_close(sampled(scheduler, start, predict), exact, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("sd", diffusers.EulerDiscreteScheduler(**SD, steps_offset=1)),
+        ("sd", diffusers.EDMEulerScheduler()),
+        ("sd3", diffusers.FlowMatchEulerDiscreteScheduler()),
+        ("sd3", diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    ],
+    ids=["euler", "edm_euler", "flow_match", "flow_match_shift"],
+)
+def test_a_pipeline_handed_the_arguments_samples_as_sample_does(name: str, scheduler) -> None:
+    pytest.importorskip("transformers")
+    schedule = TIMES if name == "sd3" else LEVELS
+    arguments = schedule.to_diffusers(copy.deepcopy(scheduler))
+    pipeline = text_pipeline(name, scheduler)
+    noise, text = randn(1, 4, 8, 8), {"encoder_hidden_states": randn(1, 5, 20 if name == "sd3" else 12, seed=2)}
+    given = {"prompt_embeds": text["encoder_hidden_states"], "guidance_scale": 1.0}
+    start = noise * float(schedule.sigmas[0])
+    if name == "sd3":
+        text["pooled_projections"] = given["pooled_prompt_embeds"] = randn(1, 10, seed=3)
+        given |= {"height": 8, "width": 8}
+    else:
+        # This pipeline multiplies what it is given; EDM's by the largest level of its config.
+        is_edm = isinstance(scheduler, diffusers.EDMEulerScheduler)
+        start = start / (scheduler.init_noise_sigma if is_edm else float(schedule.sigmas[0]))
+    latents = pipeline(**given, **arguments, latents=start, output_type="latent").images
+    assert pipeline.scheduler.sigmas.tolist() == pytest.approx(schedule.sigmas.tolist(), rel=1e-5)
+    model = pipeline.transformer if name == "sd3" else pipeline.unet
+    ours = sample(as_denoiser(model, scheduler), noise, LEVELS, solver="euler", conditioning=text).samples
+    torch.testing.assert_close(latents, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
 
 
 def test_a_pipeline_samples_along_the_levels() -> None:

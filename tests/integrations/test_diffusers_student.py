@@ -17,7 +17,7 @@ from fastdiff_kernels.distill import MomentMatchingDistiller, SIMDistiller
 from fastdiff_kernels.distill.recipe import mixed_seed
 from fastdiff_kernels.integrations.diffusers import StudentScheduler, as_denoiser, patch, student_scheduler
 from fastdiff_kernels.integrations.diffusers import scheduler as scheduler_module
-from tests.integrations.models import dit_pipeline, flux, randn, sd3, unet_2d, unet_condition
+from tests.integrations.models import dit_pipeline, randn, text_pipeline, unet_2d
 
 # The schedulers' own, under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -148,11 +148,6 @@ def test_dits_pipeline_takes_a_students_steps(tmp_path, monkeypatch) -> None:
     torch.testing.assert_close(torch.from_numpy(images), expected, rtol=1e-3, atol=1e-3)
 
 
-def small_vae() -> nn.Module:
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, latent_channels=4, shift_factor=0.0).eval()
-
-
 def test_stable_diffusions_pipeline_takes_a_guided_students_step(tmp_path) -> None:
     pytest.importorskip("transformers")
     teacher, prompt, nothing = (
@@ -160,17 +155,13 @@ def test_stable_diffusions_pipeline_takes_a_guided_students_step(tmp_path) -> No
         randn(1, 7, 12),
         randn(1, 7, 12, seed=2),
     )
-    torch.manual_seed(0)
-    unet = unet_condition().eval()
-    pipeline = diffusers.StableDiffusionPipeline(
-        small_vae(), None, None, unet, student_scheduler(teacher, Schedule([2.5, 0.0])), None, None, requires_safety_checker=False
-    )
+    pipeline = text_pipeline("sd", student_scheduler(teacher, Schedule([2.5, 0.0])))
     pipeline = loaded(pipeline, tmp_path)
     noise = randn(1, 4, 8, 8)
     latents = pipeline(
         prompt_embeds=prompt, negative_prompt_embeds=nothing, guidance_scale=3.0, num_inference_steps=1, latents=noise, output_type="latent"
     ).images
-    guided = as_denoiser(unet, teacher, guidance=3.0, unconditional={"encoder_hidden_states": nothing})
+    guided = as_denoiser(pipeline.unet, teacher, guidance=3.0, unconditional={"encoder_hidden_states": nothing})
     with torch.no_grad():
         expected = guided(2.5 * noise, 2.5, encoder_hidden_states=prompt)
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
@@ -183,26 +174,22 @@ def test_flow_pipelines_take_a_students_steps(name: str, sigmas: list[float], tm
     pytest.importorskip("transformers")
     teacher = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler = student_scheduler(teacher, Schedule(sigmas))
-    torch.manual_seed(0)
     text: dict[str, Tensor] = {"encoder_hidden_states": randn(1, 5, 20, seed=2), "pooled_projections": randn(1, 10, seed=3)}
-    given = {"prompt_embeds": text["encoder_hidden_states"], "pooled_prompt_embeds": text["pooled_projections"]}
+    given = {"prompt_embeds": text["encoder_hidden_states"], "pooled_prompt_embeds": text["pooled_projections"], "height": 8, "width": 8}
+    noise = randn(1, 4, 8, 8)
     if name == "sd3":
-        model, noise = sd3().eval(), randn(1, 4, 8, 8)
-        pipeline = diffusers.StableDiffusion3Pipeline(model, scheduler, small_vae(), None, None, None, None, None, None)
-        given |= {"guidance_scale": 1.0, "height": 8, "width": 8}
+        given["guidance_scale"] = 1.0
     else:
-        model, noise = flux(in_channels=16).eval(), randn(1, 16, 16)
-        pipeline = diffusers.FluxPipeline(scheduler, small_vae(), None, None, None, None, model)
-        given |= {"height": 8, "width": 8}
+        noise = randn(1, 16, 16)
         rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
         text |= {"img_ids": torch.stack((torch.zeros(16), rows.flatten(), columns.flatten()), 1), "txt_ids": torch.zeros(5, 3)}
-    pipeline = loaded(pipeline, tmp_path)
+    pipeline = loaded(text_pipeline(name, scheduler), tmp_path)
     later = [randn(*noise.shape, seed=seed) for seed in (7, 8)]
     drawn = iter(later)
     monkeypatch.setattr(scheduler_module, "randn_tensor", lambda *args, **kwargs: next(drawn))
     latents = pipeline.scheduler.init_noise_sigma * noise
     result = pipeline(**given, latents=latents, num_inference_steps=len(sigmas) - 1, output_type="latent").images
-    denoiser = as_denoiser(model, teacher)
+    denoiser = as_denoiser(pipeline.transformer, teacher)
     with torch.no_grad():
         x = sigmas[0] * noise
         for t, s, z in zip(sigmas, sigmas[1:], [*later, noise], strict=False):
