@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fastdiff_kernels.diffusion import EDMPrecond, Schedule, optimize_schedule
 from fastdiff_kernels.diffusion.interval_costs import IntervalCosts
@@ -345,7 +346,11 @@ def same_schedule(a: Schedule, b: Schedule) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("sigmas", "knots", "cost", "cost_error", "error"))
 
 
-@pytest.mark.parametrize("make", [lambda: gaussian_data(0.4, 50, 8), lambda: Shuffled(3)], ids=["tensor", "stream"])
+def loader() -> DataLoader:
+    return DataLoader(gaussian_data(0.4, 50, 8), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("make", [lambda: gaussian_data(0.4, 50, 8), lambda: Shuffled(3), loader], ids=["tensor", "stream", "loader"])
 @pytest.mark.parametrize("calls", [1, 2, 15, 16, 17, 40])
 def test_an_estimate_torn_at_any_call_ends_with_the_same_bits(tmp_path: Path, make: Callable[[], object], calls: int) -> None:
     """15 intervals a round: torn in the first call, inside of a round, in its last call and in the one after."""
