@@ -201,42 +201,6 @@ def test_a_hook_on_a_norm_sees_the_norm_and_not_the_activation() -> None:
     torch.testing.assert_close(seen[1], seen[0])
 
 
-def test_lora_layers_keep_working() -> None:
-    peft = pytest.importorskip("peft")
-    case = BY_NAME["UNet2DConditionModel-SD"]
-    model = case.model()
-    model.requires_grad_(False)
-    patch(model)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
-    with_lora = case.call(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert all(g.any() for g in torch.autograd.grad(with_lora.sum(), trained))
-    unpatch(model)
-    torch.testing.assert_close(with_lora, case.call(model))
-    assert patch(model).counts == case.counts
-
-
-@pytest.mark.parametrize(
-    ("name", "targets"),
-    [("SD3Transformer2DModel", ["to_q", "net.0.proj", "net.2"]), ("FluxTransformer2DModel", ["to_out.0", "net.2", "proj_out"])],
-)
-def test_lora_layers_in_gated_branches_keep_working(name: str, targets: list[str]) -> None:
-    peft = pytest.importorskip("peft")
-    case = BY_NAME[name]
-    model = case.model()
-    patch(model)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-    with_lora = case.call(model)
-    found = torch.autograd.grad(with_lora.sum(), [p for n, p in model.named_parameters() if "lora" in n])
-    assert all(g.any() for g in found)
-    model.disable_adapters()
-    without = case.call(model)
-    unpatch(model)
-    torch.testing.assert_close(without, case.call(model))
-    model.enable_adapters()
-    torch.testing.assert_close(with_lora, case.call(model))
-
-
 def test_a_processor_that_is_not_known_is_left() -> None:
     case = BY_NAME["UNet2DConditionModel-SD"]
     model = case.model()
