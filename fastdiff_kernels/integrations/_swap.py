@@ -24,21 +24,11 @@ def swap(module: Any, replacement: type[nn.Module]) -> None:
     module.__class__ = replacement
 
 
-def restore(module: Any, name: str) -> None:
-    """Gives a swapped module its own class again.
-
-    Raises:
-        RuntimeError: something replaced its forward after the swap, which still leads to the class it had then.
-    """
-    _check_forward(module, name)
-    module.__class__ = module.replaces
-
-
 def restore_all(modules: Iterable[tuple[str, Any]]) -> None:
     """Gives swapped modules, each behind its name, their own classes again: all of them or, where one cannot be restored, none.
 
     Raises:
-        RuntimeError: as `restore`.
+        RuntimeError: something replaced a forward after the swap, which still leads to the class the module had then.
     """
     modules = list(modules)
     for name, module in modules:

@@ -25,6 +25,7 @@ class TimmAttention(Shape):
     """softmax(q k^T / sqrt(D)) v of one packed projection [B, N, 3, H, D], norms of q and k before it."""
 
     parts = ("qkv", "num_heads", "proj", "attn_drop", "proj_drop")
+    folded = ("attn_drop",)
 
     @classmethod
     def refusal(cls, module: Any) -> str | None:
@@ -38,8 +39,8 @@ class TimmAttention(Shape):
         return (torch.randn(2, 5, module.qkv.in_features),)
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # Masks and whatever else newer versions take.
-        if any(a is not None for a in (*args, *kwargs.values())):
+        # A mask, is_causal, and whatever else newer versions take.
+        if self.is_watched() or any(a is not None and a is not False for a in (*args, *kwargs.values())):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)  # [B, N, H, D] each, read in place
         q = q if getattr(self, "q_norm", None) is None else self.q_norm(q)
@@ -53,6 +54,7 @@ class AdaLNBlock(Shape):
     """x + gate attn(LN(x) (1 + scale) + shift), then the same with the MLP: the adaLN-Zero block."""
 
     parts = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
+    folded = ("norm1", "norm2")
 
     @classmethod
     def refusal(cls, module: Any) -> str | None:
@@ -63,6 +65,8 @@ class AdaLNBlock(Shape):
         return torch.randn(2, 5, _width(module.norm1)), torch.randn(2, _condition(module))
 
     def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
+        if self.is_watched():
+            return super().forward(x, c)  # type: ignore[misc]
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _chunks(self.adaLN_modulation(c), 6, x)
         attended = self.attn(ops.layer_norm_modulate(x, shift, scale, eps=self.norm1.eps))
         # Under autocast the branches come in 16 bits, and the stream is wider.
@@ -74,6 +78,7 @@ class AdaLNOutput(Shape):
     """linear(LN(x) (1 + scale) + shift): the last layer."""
 
     parts = ("norm_final", "linear", "adaLN_modulation")
+    folded = ("norm_final",)
 
     @classmethod
     def refusal(cls, module: Any) -> str | None:
@@ -84,6 +89,8 @@ class AdaLNOutput(Shape):
         return torch.randn(2, 5, _width(module.norm_final)), torch.randn(2, _condition(module))
 
     def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
+        if self.is_watched():
+            return super().forward(x, c)  # type: ignore[misc]
         shift, scale = _chunks(self.adaLN_modulation(c), 2, x)
         return self.linear(ops.layer_norm_modulate(x, shift, scale, eps=self.norm_final.eps))
 

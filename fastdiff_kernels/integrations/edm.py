@@ -115,7 +115,8 @@ def as_denoiser(net: nn.Module) -> PreconditionedDenoiser:
 
     Args:
         net: has `sigma_data` and, as `model` or `unet`, the raw network F, called as F(c_in x, ln(sigma) / 4, class_labels). With a
-            `label_dim` its labels are one-hot; class indices are made so, and the index `label_dim` is all zeros.
+            `label_dim` its labels are one-hot; class indices are made so, and both the index `label_dim` and no labels at all are
+            zeros, the network without a class. A `label_dim` of 0 ignores labels, as the network itself does.
 
     Raises:
         TypeError: net is not a module, or has no raw network or no sigma_data.
@@ -139,7 +140,7 @@ class PreconditionedDenoiser(nn.Module):
     def forward(self, x: Tensor, sigma: float | Tensor, class_labels: Tensor | None = None) -> Tensor:
         """E[x0 | x] in x's dtype, for x [B, C, H, W] unscaled and sigma > 0, a number, 0-d or [B]."""
         sigma = batched_sigma(sigma, check_samples(x, "x"))
-        return self.net(x, sigma, self._labels(class_labels)).to(x.dtype)
+        return self.net(x, sigma, self._labels(class_labels, x)).to(x.dtype)
 
     def raw(self, x: Tensor, sigma: float | Tensor, class_labels: Tensor | None = None) -> Tensor:
         """F = (D - c_skip x) / c_out, from the raw network itself; arguments as in `forward`.
@@ -148,19 +149,25 @@ class PreconditionedDenoiser(nn.Module):
             RuntimeError: c_skip x + c_out F is not what the network returns, at the first call: its preconditioning is another.
         """
         sigma = batched_sigma(sigma, check_samples(x, "x"))
-        labels = self._labels(class_labels)
+        labels = self._labels(class_labels, x)
         variance = sigma**2 + self.sigma_data**2
         scaled = per_sample(variance.rsqrt(), x) * x
+        if getattr(self.net, "use_fp16", False) and x.is_cuda:
+            scaled = scaled.half()
         raw = getattr(self.net, self.inner)(scaled, sigma.log() / 4, labels).to(torch.promote_types(x.dtype, torch.float32))
         if not self.checked:
             self._check(x, sigma, labels, raw)
         return raw
 
-    def _labels(self, labels: Tensor | None) -> Tensor | None:
-        width = getattr(self.net, "label_dim", 0)
-        if labels is None or labels.is_floating_point() or not width:
+    def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
+        width = getattr(self.net, "label_dim", None)
+        if width is None:
             return labels
-        return one_hot(labels, width + 1)[..., :width].float()
+        if width == 0:
+            return None
+        if labels is None:
+            return torch.zeros(1, width, device=x.device)
+        return labels.float() if labels.is_floating_point() else one_hot(labels, width + 1)[..., :width].float()
 
     @torch.no_grad()
     def _check(self, x: Tensor, sigma: Tensor, labels: Tensor | None, raw: Tensor) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff_kernels.integrations import comfyui
+from tests.integrations.counting import attends
 
 
 def dispatched(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -56,23 +55,6 @@ def attention_handing_on(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tens
     return attention_plain(q, k, v, heads, mask=mask, **kwargs)
 
 
-class Counter(TorchDispatchMode):
-    """Calls of this package's attention."""
-
-    calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += func is torch.ops.fastdiff.attention.default
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def fires(times: int) -> Iterator[None]:
-    with Counter() as counter:
-        yield
-    assert counter.calls == times
-
-
 def options() -> dict[str, object]:
     installed: dict[str, object] = {"block_index": 0}
     comfyui.install(installed)
@@ -101,7 +83,7 @@ layouts = pytest.mark.parametrize(
 def test_it_fires_in_every_layout_and_with_every_argument(layout: dict, function: Callable, more: dict) -> None:
     args = inputs("skip_reshape" in layout)
     expected = function(*args, 4, **layout, **more)
-    with fires(1):
+    with attends(1):
         found = function(*args, 4, **layout, **more, transformer_options=options())
     torch.testing.assert_close(found, expected)
 
@@ -111,7 +93,7 @@ def test_it_fires_in_every_layout_and_with_every_argument(layout: dict, function
 def test_heads_share_keys_in_either_layout(layout: dict, shared: int) -> None:
     args = inputs("skip_reshape" in layout, shared=shared)
     expected = attention_plain(*args, 4, **layout, enable_gqa=True)
-    with fires(1):
+    with attends(1):
         found = attention_plain(*args, 4, **layout, enable_gqa=True, transformer_options=options())
     torch.testing.assert_close(found, expected)
 
@@ -121,7 +103,7 @@ def test_heads_share_keys_in_either_layout(layout: dict, shared: int) -> None:
 def test_masks_are_left_to_the_function(layout: dict, shared: int) -> None:
     args, mask = inputs("skip_reshape" in layout, shared=shared), torch.randn(5, 7)
     expected = attention_plain(*args, 4, mask, **layout, enable_gqa=True)
-    with fires(0):
+    with attends(0):
         found = attention_handing_on(*args, 4, mask, **layout, enable_gqa=True, transformer_options=options())
     torch.testing.assert_close(found, expected)
 
@@ -147,7 +129,7 @@ def test_calls_it_has_no_kernel_for_go_to_the_function_as_they_came(why: str) ->
         return "its own"
 
     carried = options()
-    with fires(0):
+    with attends(0):
         assert function(*args, 4, None, skip_reshape=True, **more, transformer_options=carried) == "its own"
     ((came, kwargs),) = seen
     assert all(a is b for a, b in zip(came, [*args, 4], strict=True))
@@ -158,7 +140,7 @@ def test_calls_it_has_no_kernel_for_go_to_the_function_as_they_came(why: str) ->
 @pytest.mark.parametrize("shared", [2, 3])
 def test_packed_keys_that_do_not_divide_into_heads_are_the_functions(shared: int) -> None:
     args = inputs(False, shared=shared)
-    with fires(0), pytest.raises(RuntimeError):
+    with attends(0), pytest.raises(RuntimeError):
         attention_plain(*args, 4, transformer_options=options())
 
 
@@ -173,10 +155,10 @@ def test_an_override_that_was_there_gets_what_is_left() -> None:
     installed = comfyui.install(carried)
     assert carried[comfyui.KEY] is installed
     args, mask = inputs(False), torch.zeros(5, 7)
-    with fires(1):
+    with attends(1):
         attention_plain(*args, 4, transformer_options=carried)
     assert seen == []
-    with fires(0):
+    with attends(0):
         found = attention_plain(*args, 4, mask=mask, transformer_options=carried)
     torch.testing.assert_close(found, attention_plain(*args, 4, mask=mask))
     assert seen == [True]

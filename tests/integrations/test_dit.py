@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import hosts
 from fastdiff_kernels.integrations import dit
 from tests.helpers import assert_bitwise, assert_within_eager
-from tests.integrations import hosts
+from tests.integrations.counting import attends
 
 COUNTS = {"DiTBlock": 2, "Attention": 2, "FinalLayer": 1}
 
@@ -20,12 +21,12 @@ def randn(*shape: int, seed: int = 1) -> Tensor:
 
 
 def call(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-    return model(randn(2, 4, 3, 3).to(dtype), torch.tensor([700.0, 3.0]), torch.tensor([1, 10]))
+    return model(randn(2, 4, 6, 6).to(dtype), torch.tensor([700.0, 3.0]), torch.tensor([1, 10]))
 
 
 def gradients(model: nn.Module, dtype: torch.dtype) -> Tensor:
     output = call(model, dtype)
-    found = torch.autograd.grad(output, list(model.parameters()), randn(*output.shape, seed=5).to(dtype))
+    found = torch.autograd.grad(output, [p for p in model.parameters() if p.requires_grad], randn(*output.shape, seed=5).to(dtype))
     return torch.cat([g.flatten() for g in found])
 
 
@@ -82,6 +83,18 @@ def test_a_mask_goes_to_the_hosts_attention() -> None:
     assert_bitwise(attention(x, attn_mask=mask), before)
 
 
+def test_timms_blocks_which_pass_every_argument_attend_by_the_op() -> None:
+    block, x = hosts.Block(12, 2), randn(2, 5, 12)
+    before, causal = block(x), block(x, is_causal=True)
+    assert dit.patch(block).counts == {"Attention": 1}
+    with attends(1):
+        after = block(x)
+    torch.testing.assert_close(after, before)
+    with attends(0):
+        after = block(x, is_causal=True)
+    assert_bitwise(after, causal)
+
+
 class ScaleFirst(hosts.DiTBlock):
     """The parts of a DiT block in another order."""
 
@@ -106,7 +119,7 @@ def test_what_looks_alike_and_computes_something_else_is_left() -> None:
 def test_the_model_is_a_denoiser() -> None:
     model = hosts.DiT()
     denoiser = dit.as_denoiser(model)
-    x, labels = randn(2, 4, 3, 3), torch.tensor([1, 2])
+    x, labels = randn(2, 4, 6, 6), torch.tensor([1, 2])
     abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[500]
     sigma = float(((1 - abar) / abar).sqrt())
     noise = model(x / (1 + sigma**2) ** 0.5, torch.full((2,), 500.0), labels)[:, :4]

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import hosts
 from fastdiff_kernels.diffusion import optimize_schedule, sample
 from fastdiff_kernels.distill import SIMDistiller
 from fastdiff_kernels.integrations import edm
 from tests.helpers import assert_bitwise, assert_within_eager
-from tests.integrations import hosts
 
-BUILD = {"edm": hosts.edm, "edm shift": lambda: hosts.edm(False), "edm2": hosts.edm2}
-COUNTS = {"edm": {"UNetBlock": 2, "GroupNorm": 8}, "edm shift": {"UNetBlock": 2, "GroupNorm": 8}, "edm2": {"Block": 1}}
+BUILD = {"edm": hosts.edm, "edm shift": lambda: hosts.edm(False), "edm2": lambda: hosts.edm2().eval()}
+COUNTS = {"edm": {"UNetBlock": 2, "GroupNorm": 8}, "edm shift": {"UNetBlock": 2, "GroupNorm": 8}, "edm2": {"EDM2Block": 2}}
 every_network = pytest.mark.parametrize("name", BUILD)
 
 
@@ -86,7 +86,7 @@ class Packed(hosts.UNetBlock):
 
 def test_another_packing_of_the_heads_is_noticed_and_left() -> None:
     net = hosts.edm()
-    net.model.blocks[1] = Packed(8, 6, 2, True)
+    net.model.blocks[1] = Packed(8, 8, 16, 2)
     before = call(net)
     assert edm.patch(net).counts == COUNTS["edm"] | {"UNetBlock": 1}
     torch.testing.assert_close(call(net), before)
@@ -98,7 +98,7 @@ class WithText(hosts.UNetBlock):
 
 
 def test_a_block_that_takes_more_is_left() -> None:
-    report = edm.patch(WithText(8, 6, 2, True))
+    report = edm.patch(WithText(8, 8, 16, 2))
     assert report.counts == {"GroupNorm": 3}
     assert str(report.left[0].reason).startswith("it has the parts of EDMBlock and cannot be called as one: TypeError")
 
@@ -113,6 +113,35 @@ def test_the_network_is_a_denoiser_with_its_raw_output(name: str) -> None:
     v = 0.49 + 0.25
     rebuilt = 0.25 / v * x + 0.35 / math.sqrt(v) * denoiser.raw(x, 0.7, class_labels=labels)
     torch.testing.assert_close(denoiser(x, 0.7, class_labels=labels), rebuilt)
+
+
+@every_network
+@pytest.mark.parametrize("label_dim", [10, 0])
+def test_without_labels_it_is_the_network_without_a_class(name: str, label_dim: int) -> None:
+    """The host's preconditioner puts zeros in, which the raw network of a conditional one has to be given."""
+    net = {"edm": hosts.edm, "edm shift": lambda label_dim: hosts.edm(False, label_dim), "edm2": hosts.edm2}[name](
+        label_dim=label_dim
+    ).eval()
+    denoiser = edm.as_denoiser(net)
+    x, sigma = randn(2, 2, 4, 4), torch.tensor([0.7, 0.7])
+    v = 0.49 + 0.25
+    rebuilt = 0.25 / v * x + 0.35 / math.sqrt(v) * denoiser.raw(x, 0.7)
+    torch.testing.assert_close(rebuilt, net(x, sigma))
+    torch.testing.assert_close(denoiser(x, 0.7), net(x, sigma))
+    zeros = denoiser.raw(x, 0.7, class_labels=torch.tensor([label_dim, label_dim]))
+    assert_bitwise(zeros, denoiser.raw(x, 0.7))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_raw_network_gets_the_dtype_that_the_host_runs_it_in(device: str) -> None:
+    net = hosts.edm().to(device)
+    net.use_fp16 = True
+    seen: list[torch.dtype] = []
+    net.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    denoiser = edm.as_denoiser(net)
+    denoiser.checked = True
+    denoiser.raw(randn(2, 2, 4, 4).to(device), 0.7)
+    assert seen == [torch.float32 if device == "cpu" else torch.float16]
 
 
 def test_recipes_take_it() -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import hosts
 from fastdiff_kernels.diffusion import EDMPrecond, Schedule, optimize_schedule, sample
 from fastdiff_kernels.integrations import k_diffusion
 from tests.helpers import assert_bitwise, assert_within_eager
-from tests.integrations import hosts
 
 
 class Wrapper(nn.Module):
@@ -75,7 +75,7 @@ def test_what_is_no_wrapper_is_refused() -> None:
         k_diffusion.as_denoiser(Wrapper(), sigma_data=-1.0)
 
 
-HDIT_COUNTS = {"AdaRMSNorm": 3, "GlobalBlock": 2}
+HDIT_COUNTS = {"AdaRMSNorm": 6, "SelfAttentionBlock": 2}
 
 
 def call(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -114,13 +114,13 @@ def test_unpatching_restores_hdit_and_patching_twice_is_patching_once() -> None:
 
 def test_attention_to_neighbours_is_left_and_its_norm_replaced() -> None:
     report = k_diffusion.patch(hosts.HDiT())
-    assert [entry.reason for entry in report.left if entry.kind == "NeighbourhoodBlock"] == [
+    assert [entry.reason for entry in report.left if entry.kind == "NeighborhoodSelfAttentionBlock"] == [
         "it attends within a kernel_size of 3, which no op here does; its norm is replaced"
     ]
-    assert "blocks.0.norm" in [entry.module for entry in report.replaced]
+    assert "layers.0.self_attn.norm" in [entry.module for entry in report.replaced]
 
 
-class Squared(hosts.GlobalBlock):
+class Squared(hosts.SelfAttentionBlock):
     """The parts of the block, and another similarity."""
 
     def inverse_length(self, y: Tensor) -> Tensor:
@@ -129,16 +129,16 @@ class Squared(hosts.GlobalBlock):
 
 def test_a_block_that_looks_alike_and_computes_something_else_is_left() -> None:
     model = hosts.HDiT()
-    model.blocks[1] = Squared(32, 16, 6)
+    model.layers[1].self_attn = Squared(32, 16, 6)
     report = k_diffusion.patch(model)
-    assert report.counts == {"AdaRMSNorm": 3, "GlobalBlock": 1}
+    assert report.counts == {"AdaRMSNorm": 6, "SelfAttentionBlock": 1}
     assert "it has the parts of HDiTAttention and computes something else" in repr(report)
 
 
 def test_hdit_compiles_into_one_graph_and_keeps_its_hooks() -> None:
     model = hosts.HDiT()
     before, seen = call(model), []
-    model.blocks[1].norm.register_forward_hook(lambda *args: seen.append(1))
+    model.layers[1].self_attn.norm.register_forward_hook(lambda *args: seen.append(1))
     k_diffusion.patch(model)
     torch.testing.assert_close(call(model), before)
     assert seen == [1]

@@ -7,8 +7,8 @@ import contextvars
 import pytest
 import torch
 
+from benchmarks import hosts
 from fastdiff_kernels.integrations import _policy, edm
-from tests.integrations import hosts
 
 
 def measured(op: str, x: torch.Tensor) -> bool:
