@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -179,11 +179,11 @@ def picture(results: dict[tuple[str, str], dict[str, Curve]], reasons: dict[str,
     figure.savefig(path, dpi=100)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--fast", action="store_true", help="a small network, few samples and few settings: shows that it runs")
     parser.add_argument("--out", type=Path, default=Path("out/skip_reuse"), help="folder of table.txt and skip_reuse.png")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     denoiser, scale = train(150 if args.fast else 1200, 16 if args.fast else 32)
     thresholds = [0.01, 0.02, 0.1] if args.fast else [0.005, 0.007, 0.01, 0.014, 0.02, 0.05, 0.2]
     budgets = BUDGETS[::2] if args.fast else (13, *BUDGETS, 36)
