@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import diffusers
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fastdiff_kernels.integrations.diffusers import SkipHandle, disable_adaptive_skip, enable_adaptive_skip, patch
 from tests.diffusion.test_skipping import official_by_lists, tensor_by_lists
 from tests.helpers import assert_bitwise
-from tests.integrations.models import BY_NAME, dit_pipeline, randn
+from tests.integrations.models import BY_NAME, dit_pipeline, randn, text_pipeline
 
 # The schedulers' own, under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -191,6 +192,90 @@ def test_a_pipeline_without_callbacks_saves_calls_and_forgets_the_last_prompt(gu
     assert handle.generations == 3
     disable_adaptive_skip(pipeline)
     images(1)
+    assert handle.calls == 60
+
+
+def latents_of(pipeline: Any, first: Tensor, **given: Any) -> list[Tensor]:
+    """The latents before each step of a pipeline's loop and after the last."""
+    latents = [first * pipeline.scheduler.init_noise_sigma]
+
+    def note(pipe: Any, step: int, time: Tensor, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents.append(held["latents"].clone())
+        return held
+
+    pipeline(
+        latents=first,
+        prompt_embeds=randn(1, 5, 12, seed=2),
+        negative_prompt_embeds=randn(1, 5, 12, seed=3),
+        callback_on_step_end=note,
+        output_type="latent",
+        **given,
+    )
+    return latents
+
+
+@pytest.mark.parametrize(
+    "scheduler", [diffusers.EulerDiscreteScheduler(steps_offset=1), diffusers.DPMSolverMultistepScheduler(steps_offset=1)]
+)
+@pytest.mark.parametrize("kind", ["inpainting", "pix2pix"])
+def test_channels_of_images_and_masks_do_not_decide(kind: str, scheduler: Any) -> None:
+    pytest.importorskip("transformers")
+    parts = text_pipeline("sd", scheduler, in_channels=9 if kind == "inpainting" else 8).components
+    build = diffusers.StableDiffusionInpaintPipeline if kind == "inpainting" else diffusers.StableDiffusionInstructPix2PixPipeline
+    pipeline = build(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    given: dict[str, Any] = {"image": randn(1, 3, 8, 8, seed=6).sigmoid(), "num_inference_steps": 20, "guidance_scale": 2.0}
+    if kind == "inpainting":
+        given |= {"mask_image": (torch.arange(64) % 2).float().view(1, 1, 8, 8), "height": 8, "width": 8}
+    handle = enable_adaptive_skip(pipeline, 0.03)
+    latents = latents_of(pipeline, randn(1, 4, 8, 8), **given)
+    assert handle.skipped == official_by_lists(latents, 0.03, 4)
+    assert (handle.generations, handle.calls) == (1, 20)
+    assert 0 < handle.saved < 16
+
+
+def test_each_evaluation_of_a_second_order_scheduler_is_a_step_of_one_generation() -> None:
+    pytest.importorskip("transformers")
+    pipeline = text_pipeline("sd", diffusers.HeunDiscreteScheduler(steps_offset=1))
+    handle = enable_adaptive_skip(pipeline, 1.0)
+    latents = latents_of(pipeline, randn(1, 4, 8, 8), num_inference_steps=12, guidance_scale=2.0)
+    assert handle.skipped == official_by_lists(latents, 1.0, 4)
+    assert (handle.generations, handle.calls) == (1, 23)
+    assert 0 < handle.saved < 19
+
+
+def test_pixarts_pipeline_saves_calls_and_forgets_the_last_prompt() -> None:
+    pytest.importorskip("transformers")
+    pipeline = text_pipeline("pixart", diffusers.DPMSolverMultistepScheduler())
+    runs = []
+    pipeline.transformer.transformer_blocks[0].register_forward_hook(lambda *args: runs.append(1))
+    handle = enable_adaptive_skip(pipeline, 0.05)
+
+    def image(prompt: int) -> Tensor:
+        mask = torch.ones(1, 5, dtype=torch.int64)
+        return pipeline(
+            prompt=None,
+            negative_prompt=None,
+            prompt_embeds=randn(1, 5, 20, seed=prompt),
+            prompt_attention_mask=mask,
+            negative_prompt_embeds=randn(1, 5, 20, seed=9),
+            negative_prompt_attention_mask=mask,
+            num_inference_steps=20,
+            height=8,
+            width=8,
+            use_resolution_binning=False,
+            latents=randn(1, 4, 8, 8, seed=4),
+            output_type="latent",
+        ).images
+
+    first, saved = image(1), handle.saved
+    assert 0 < saved < 16
+    assert (handle.calls, len(runs)) == (20, 20 - saved)
+    assert not torch.equal(image(5), first)
+    assert_bitwise(image(1), first)
+    assert (handle.generations, handle.calls) == (3, 60)
+    disable_adaptive_skip(pipeline)
+    assert not torch.equal(image(1), first)
     assert handle.calls == 60
 
 

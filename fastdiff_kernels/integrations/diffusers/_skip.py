@@ -37,6 +37,7 @@ class SkipHandle:
         self.before: Any = vars(model).get("forward")
         self.run = model.forward
         inner: Any = getattr(model, "_orig_mod", model)
+        self._config = getattr(inner, "config", None)
         names = list(inspect.signature(type(inner).forward).parameters)[1:]
         self.input_name = next((name for name in ("sample", "hidden_states") if name in names), names[0])
         if "timestep" not in names:
@@ -126,12 +127,19 @@ class SkipHandle:
 
     def _unscaled(self, x: Tensor, timestep: Any) -> Tensor:
         """The latents as the loop holds them, which some schedulers divide before the model sees them."""
+        x = x[:, : self._latent_channels(x)]
         scale = getattr(self.scheduler, "scale_model_input", None)
         if scale is None:
             return x.clone()
         time = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
         factor = float(scale(torch.ones(1, dtype=torch.float64), time))
         return x.clone() if factor == 1 else x / factor
+
+    def _latent_channels(self, x: Tensor) -> int:
+        """How many channels are the loop's; those of images and masks (inpainting, instruct-pix2pix) follow, which nothing rescales."""
+        given, returned = (getattr(self._config, name, None) for name in ("in_channels", "out_channels"))
+        appended = x.dim() >= 4 and given == x.shape[1] and isinstance(returned, int)
+        return min(returned, x.shape[1]) if appended else x.shape[1]  # type: ignore[type-var, return-value]
 
 
 def enable_adaptive_skip(
@@ -142,7 +150,9 @@ def enable_adaptive_skip(
     It acts on the calls of the whole model, from the latents that the sampling loop passes, and so needs neither callbacks nor a known
     architecture. A generation begins where the timesteps do not fall, where the latents' shape changes, or where the scheduler was set
     anew; a doubled batch under guidance is one call; two calls with the same latents are two branches of one step, and decided together.
-    With gradients enabled every call runs. What is reused is the model's output, whatever its prediction type.
+    With gradients enabled every call runs. What is reused is the model's output, whatever its prediction type. Of an input with more
+    channels than the model returns, the first are the latents and decide; what follows is image or mask. With a scheduler of second order
+    each evaluation is a step, since the loop makes an iteration of each.
 
     Args:
         model_or_pipeline: a pipeline with a `unet` or a `transformer`, or the model, compiled by `torch.compile` or not.
