@@ -389,7 +389,7 @@ def test_a_gpu_session_goes_on_with_the_tests_and_cases_that_are_left(tmp_path):
         assert ("pytest" in piece.command) == (f"--unfinished={tmp_path / piece.name}.tests" in piece.command)
 
 
-def test_a_gpu_session_has_the_longest_tuned_rivals_of_the_networks_with_targets(tmp_path):
+def test_a_gpu_session_tunes_the_rivals_of_both_networks_with_targets(tmp_path):
     (piece,) = [piece for piece in pieces(tmp_path) if "--max-autotune" in piece.command]
     asked = {part.removeprefix("--network=") for part in piece.command if part.startswith("--network=")}
     assert asked == {"DiT-XL/2", "EDM"}
