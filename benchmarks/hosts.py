@@ -208,7 +208,7 @@ class UNetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, num_heads: int, adaptive_scale: bool = True) -> None:
         super().__init__()
         self.in_channels, self.out_channels, self.emb_channels = in_channels, out_channels, emb_channels
-        self.num_heads, self.adaptive_scale, self.skip_scale, self.dropout = num_heads, adaptive_scale, 0.5**0.5, 0.0
+        self.num_heads, self.adaptive_scale, self.skip_scale, self.dropout = num_heads, adaptive_scale, 0.5**0.5, 0.1
         self.norm0, self.norm1 = GroupNorm(in_channels), GroupNorm(out_channels)
         self.conv0, self.conv1 = Conv2d(in_channels, out_channels, 3), Conv2d(out_channels, out_channels, 3)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
@@ -225,7 +225,7 @@ class UNetBlock(nn.Module):
             h = silu(self.norm1(h) * (scale + 1) + shift)
         else:
             h = silu(self.norm1(h.add_(params)))
-        x = self.conv1(h).add_(x if self.skip is None else self.skip(x)) * self.skip_scale
+        x = self.conv1(F.dropout(h, self.dropout, self.training)).add_(x if self.skip is None else self.skip(x)) * self.skip_scale
         return self.attend(x) if self.num_heads else x
 
     def attend(self, x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ its attention is still its own forward.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -150,14 +152,15 @@ class PreconditionedDenoiser(nn.Module):
         """
         sigma = batched_sigma(sigma, check_samples(x, "x"))
         labels = self._labels(class_labels, x)
-        variance = sigma**2 + self.sigma_data**2
-        scaled = per_sample(variance.rsqrt(), x) * x
+        if not self.checked:
+            self._check(x, sigma, labels)
+        return self._raw(x, sigma, labels)
+
+    def _raw(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        scaled = per_sample((sigma**2 + self.sigma_data**2).rsqrt(), x) * x
         if getattr(self.net, "use_fp16", False) and x.is_cuda:
             scaled = scaled.half()
-        raw = getattr(self.net, self.inner)(scaled, sigma.log() / 4, labels).to(torch.promote_types(x.dtype, torch.float32))
-        if not self.checked:
-            self._check(x, sigma, labels, raw)
-        return raw
+        return getattr(self.net, self.inner)(scaled, sigma.log() / 4, labels).to(torch.promote_types(x.dtype, torch.float32))
 
     def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
         width = getattr(self.net, "label_dim", None)
@@ -170,14 +173,28 @@ class PreconditionedDenoiser(nn.Module):
         return labels.float() if labels.is_floating_point() else one_hot(labels, width + 1)[..., :width].float()
 
     @torch.no_grad()
-    def _check(self, x: Tensor, sigma: Tensor, labels: Tensor | None, raw: Tensor) -> None:
+    def _check(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> None:
         variance = sigma**2 + self.sigma_data**2
+        # While training two calls differ by their dropout, and each of EDM2's writes its weights.
+        with _evaluating(self.net):
+            returned, raw = self.net(x, sigma, labels), self._raw(x, sigma, labels)
         denoised = per_sample(self.sigma_data**2 / variance, x) * x + per_sample(sigma * self.sigma_data * variance.rsqrt(), x) * raw
-        returned = self.net(x, sigma, labels)
         # Networks may run in 16 bits inside.
         if not torch.allclose(denoised.to(returned.dtype), returned, rtol=0.05, atol=0.05 * float(returned.abs().max())):
             raise RuntimeError(f"{type(self.net).__name__} does not return c_skip x + c_out F: its preconditioning is not EDM's")
         self.checked = True
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """`net.eval()` within, and every module as it was afterwards."""
+    training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _without(module: Any, attributes: dict[str, Any], forward: Any, *args: Tensor) -> Tensor:

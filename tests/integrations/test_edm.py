@@ -15,7 +15,7 @@ from fastdiff_kernels.distill import SIMDistiller
 from fastdiff_kernels.integrations import edm
 from tests.helpers import assert_bitwise, assert_within_eager
 
-BUILD = {"edm": hosts.edm, "edm shift": lambda: hosts.edm(False), "edm2": lambda: hosts.edm2().eval()}
+BUILD = {"edm": lambda: hosts.edm().eval(), "edm shift": lambda: hosts.edm(False).eval(), "edm2": lambda: hosts.edm2().eval()}
 COUNTS = {"edm": {"UNetBlock": 2, "GroupNorm": 8}, "edm shift": {"UNetBlock": 2, "GroupNorm": 8}, "edm2": {"EDM2Block": 2}}
 every_network = pytest.mark.parametrize("name", BUILD)
 
@@ -87,6 +87,7 @@ class Packed(hosts.UNetBlock):
 def test_another_packing_of_the_heads_is_noticed_and_left() -> None:
     net = hosts.edm()
     net.model.blocks[1] = Packed(8, 8, 16, 2)
+    net.eval()
     before = call(net)
     assert edm.patch(net).counts == COUNTS["edm"] | {"UNetBlock": 1}
     torch.testing.assert_close(call(net), before)
@@ -130,6 +131,16 @@ def test_without_labels_it_is_the_network_without_a_class(name: str, label_dim: 
     torch.testing.assert_close(denoiser(x, 0.7), net(x, sigma))
     zeros = denoiser.raw(x, 0.7, class_labels=torch.tensor([label_dim, label_dim]))
     assert_bitwise(zeros, denoiser.raw(x, 0.7))
+
+
+@every_network
+def test_the_raw_output_trains(name: str) -> None:
+    """Dropout differs between calls, and each call of EDM2 writes its weights, which a backward pass would find changed."""
+    net = BUILD[name]().train()
+    denoiser = edm.as_denoiser(net)
+    denoiser.raw(randn(2, 2, 4, 4), 0.7).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert all(module.training for module in net.modules())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
