@@ -130,6 +130,23 @@ def test_flow_times_are_those_of_the_pipelines() -> None:
     assert denoiser(randn(2, 12, 4), 1.0, **inputs).shape == (2, 12, 4)
 
 
+def test_arguments_without_rows_are_shared_by_all_samples() -> None:
+    """Flux's positions; its guidance is one more condition of each sample."""
+    case, flow = BY_NAME["FluxTransformer2DModel"], diffusers.FlowMatchEulerDiscreteScheduler()
+    model, inputs = case.model(), case.inputs()
+    shared = {key: inputs[key] for key in ("img_ids", "txt_ids")}
+    given = {key: inputs[key] for key in ("encoder_hidden_states", "pooled_projections")}
+    nothing = map_tensors(lambda value: torch.zeros_like(value[:1]), given)
+    denoiser = as_denoiser(model, flow, guidance=2.0, unconditional=nothing, shared=shared)
+    x = randn(2, 12, 4)
+    plain = as_denoiser(model, flow)
+    conditional = plain(x, 0.8, **given, **shared)
+    absent = plain(x, 0.8, **map_tensors(lambda value: value.expand(2, *value.shape[1:]), nothing), **shared)
+    torch.testing.assert_close(denoiser(x, 0.8, **given), absent + 2 * (conditional - absent), rtol=1e-4, atol=1e-4)
+    samples = sample(denoiser, x, Schedule([3.0, 0.5, 0.0]), conditioning=given, skip=AdaptiveSkip(per_sample=True)).samples
+    assert torch.isfinite(samples).all()
+
+
 def test_timesteps_run_between_the_integers() -> None:
     ddpm = diffusers.DDPMScheduler()
     table = ((1 - ddpm.alphas_cumprod) / ddpm.alphas_cumprod).double().sqrt()

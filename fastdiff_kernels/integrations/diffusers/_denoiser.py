@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ def as_denoiser(
     guidance: float = 1.0,
     unconditional: Mapping[str, object] | None = None,
     time_scale: float | None = None,
+    shared: Mapping[str, Any] | None = None,
 ) -> ModelDenoiser:
     """The model as `denoiser(x, sigma, **conditioning) -> E[x0 | x]`, for `optimize_schedule`, the samplers and the distillers.
 
@@ -46,6 +48,7 @@ def as_denoiser(
         guidance: of classifier-free guidance, in one call on a doubled batch. Not 1 only with `unconditional`.
         unconditional: the keys of the conditioning given in calls, tensors [1, ...], or dicts of them as SDXL's added_cond_kwargs.
         time_scale: what a flow model multiplies t in (0, 1] by: num_train_timesteps, but 1 for Flux.
+        shared: arguments of every call that have no row for each sample, as Flux's img_ids and txt_ids, handed on as they are.
 
     Returns:
         ModelDenoiser, a module that holds the model. It offers `.raw` and `.sigma_data`, as `EDMPrecond` does.
@@ -64,7 +67,8 @@ def as_denoiser(
     if sigma_data is None:
         sigma_data = getattr(scheduler.config, "sigma_data", None) or 1.0
     absent = None if unconditional is None else check_conditioning(unconditional, 1, "unconditional")
-    return ModelDenoiser(model, parametrisation, check_positive(sigma_data, "sigma_data"), guidance, absent, _call)
+    call = partial(_call, **(shared or {}))
+    return ModelDenoiser(model, parametrisation, check_positive(sigma_data, "sigma_data"), guidance, absent, call)
 
 
 def _call(model: nn.Module, x: Tensor, time: Tensor, **conditioning: Any) -> Tensor:
