@@ -61,12 +61,13 @@ def calls_of(model: nn.Module, run) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
         handle.remove()
 
 
-def share_noise(monkeypatch, levels: list[float], shape: tuple[int, ...], seed: int) -> Tensor:
-    """Gives the scheduler the noise that `sample(seed=...)` draws; returns the first of it, which pipelines are handed."""
+def share_noise(monkeypatch, levels: list[float], shape: tuple[int, ...], seed: int, module: Any = scheduler_module) -> Tensor:
+    """Gives the scheduler of a module the noise that `sample(seed=...)` draws; returns the first of it, which pipelines are handed."""
     zero, drawn = torch.zeros(shape), []
     for step, (t, s) in enumerate(pairwise(levels)):
         drawn.append(ops.posterior_sample(zero, zero, s, t, mixed_seed(seed, step)) / (s * (1 - (s / t) ** 2) ** 0.5))
-    monkeypatch.setattr(scheduler_module, "randn_tensor", lambda *args, **kwargs: drawn.pop(0))
+    drawn.append(zero)  # for a scheduler that adds none of it in the last step
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: drawn.pop(0))
     return torch.randn(shape, generator=torch.Generator().manual_seed(mixed_seed(seed)))
 
 
@@ -212,6 +213,30 @@ def test_one_step_can_do_with_a_scheduler_of_the_host(kind: str, tmp_path) -> No
     torch.testing.assert_close(images, (generated / 2 + 0.5).clamp(0, 1), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_several_steps_can_do_with_a_scheduler_of_the_host_that_is_told_the_timesteps(kind: str, tmp_path, monkeypatch) -> None:
+    denoiser = as_denoiser(tiny_unet(), TEACHERS[kind], sigma_data=0.5)
+    student = MomentMatchingDistiller(denoiser, num_steps=4, sample_shape=(3, 8, 8))
+    scheduler = student_scheduler(TEACHERS[kind], student, host_only=True)
+    pipeline = loaded(diffusers.ConsistencyModelPipeline(student.generator.model, scheduler), tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDPMScheduler"]
+    # All but the fractions of timesteps is the student's own.
+    exact = student.generator.parametrisation.time
+    monkeypatch.setattr(student.generator.parametrisation, "time", lambda sigma: exact(sigma).round())
+    own, expected = calls_of(student.generator.model, lambda: student.sample(2, seed=3))
+    levels = student.sigma(torch.arange(4, 0, -1) / 4).tolist()
+    noise = share_noise(monkeypatch, levels, (2, 3, 8, 8), 3, diffusers.schedulers.scheduling_ddpm)
+    steps = pipeline.scheduler.config.student_timesteps
+    given = {"num_inference_steps": None, "timesteps": steps, "latents": noise, "output_type": "pt"}
+    images, actual = calls_of(pipeline.unet, lambda: pipeline(2, **given).images)
+    abar = pipeline.scheduler.alphas_cumprod[steps]
+    torch.testing.assert_close(((1 - abar) / abar).sqrt(), torch.tensor(levels), rtol=1e-4, atol=0)
+    for (x, time), (own_x, own_time) in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, own_x, rtol=5e-3, atol=5e-3)
+        assert time == own_time
+    torch.testing.assert_close(images, (own / 2 + 0.5).clamp(0, 1), rtol=5e-3, atol=5e-3)
+
+
 def test_transitions_are_the_posterior_given_the_denoised_sample() -> None:
     """q(x_s | x_t, x0) has mean x0 + (s / t)^2 (x_t - x0) and variance s^2 (t^2 - s^2) / t^2."""
     t, s = 3.0, 1.0
@@ -233,8 +258,14 @@ def test_transitions_are_the_posterior_given_the_denoised_sample() -> None:
         ((TEACHERS["epsilon"], Schedule([2.0, 1.0])), {}, ValueError, "student must end with the level 0"),
         ((TEACHERS["flow"], Schedule([2.0, 0.0])), {"host_only": True}, ValueError, "those of flows start at t = 1"),
         ((TEACHERS["edm"], Schedule([2.0, 0.0])), {"host_only": True}, ValueError, r"those of EDM scale noise by sqrt\(sigma\^2 \+ 1\)"),
-        ((TEACHERS["epsilon"], Schedule([2.0, 1.0, 0.0])), {"host_only": True}, ValueError, "configured to the 2 levels of the student"),
-        ((TEACHERS["epsilon"], Schedule([1000.0, 0.0])), {"host_only": True}, ValueError, "level must lie within the scheduler's table"),
+        (
+            (TEACHERS["epsilon"], Schedule([2.0, 1.0, 0.0])),
+            {"host_only": True},
+            ValueError,
+            "begins with unit noise, which the level 2 is not",
+        ),
+        ((TEACHERS["epsilon"], Schedule([50.0, 1.001, 1.0, 0.0])), {"host_only": True}, ValueError, "lie at one integer timestep"),
+        ((TEACHERS["epsilon"], Schedule([1000.0, 0.0])), {"host_only": True}, ValueError, "levels must lie within the scheduler's table"),
     ],
 )
 def test_what_cannot_be_represented_is_refused(arguments: tuple, options: dict, error: type[Exception], message: str) -> None:
@@ -242,10 +273,13 @@ def test_what_cannot_be_represented_is_refused(arguments: tuple, options: dict, 
         student_scheduler(*arguments, **options)
 
 
-def test_a_student_of_another_convention_is_refused() -> None:
+def test_a_student_of_another_scheduler_is_refused() -> None:
     sim = one_step(tiny_unet(), TEACHERS["flow"], (3, 8, 8))
-    with pytest.raises(TypeError, match="must have been distilled from as_denoiser"):
+    with pytest.raises(TypeError, match="with this Noise scheduler, got one of Flow"):
         student_scheduler(TEACHERS["epsilon"], sim)
+    sim = one_step(tiny_unet(), TEACHERS["epsilon"], (3, 8, 8))
+    with pytest.raises(ValueError, match="scheduler must be the one the student was distilled with"):
+        student_scheduler(diffusers.DDPMScheduler(beta_schedule="scaled_linear"), sim)
 
 
 def test_other_counts_and_steps_beyond_the_last_are_refused() -> None:
