@@ -17,7 +17,7 @@ from fastdiff_kernels.distill import MomentMatchingDistiller, SIMDistiller
 from fastdiff_kernels.distill.recipe import mixed_seed
 from fastdiff_kernels.integrations.diffusers import StudentScheduler, as_denoiser, patch, student_scheduler
 from fastdiff_kernels.integrations.diffusers import scheduler as scheduler_module
-from tests.integrations.models import dit_pipeline, randn, text_pipeline, unet_2d
+from tests.integrations.models import dit_pipeline, randn, text_pipeline, unet_2d, wan
 
 # The schedulers' own, under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -197,6 +197,23 @@ def test_flow_pipelines_take_a_students_steps(name: str, sigmas: list[float], tm
             denoised = denoiser(x, t, **text)
             x = (s / t) ** 2 * x + (1 - (s / t) ** 2) * denoised + s * (1 - (s / t) ** 2) ** 0.5 * z
     torch.testing.assert_close(result, denoised, rtol=1e-3, atol=1e-3)
+
+
+def test_wans_pipeline_takes_a_students_step() -> None:
+    pytest.importorskip("transformers")
+    teacher = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    torch.manual_seed(0)
+    decoder = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    scheduler, model = student_scheduler(teacher, Schedule([4.0, 0.0])), wan().eval()
+    pipeline = diffusers.WanPipeline(None, None, decoder, scheduler, model)
+    pipeline.set_progress_bar_config(disable=True)
+    noise, text = randn(1, 4, 2, 4, 4), randn(1, 5, 16, seed=2)
+    given = {"prompt_embeds": text, "negative_prompt_embeds": text, "guidance_scale": 1.0, "height": 32, "width": 32, "num_frames": 5}
+    latents = scheduler.init_noise_sigma * noise
+    result = pipeline(**given, latents=latents, num_inference_steps=1, output_type="latent").frames
+    with torch.no_grad():
+        expected = as_denoiser(model, teacher)(4.0 * noise, 4.0, encoder_hidden_states=text)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
