@@ -81,7 +81,8 @@ def test_masked_cross_attention_is_the_hosts(kind: str, monkeypatch) -> None:
     else:
         actual = case.call(model, inputs=inputs)
         assert [None if found is None else found.tolist() for found in lengths] == [None, [6, 3], None, [6, 3]]
-    assert_within_eager(actual, before, truth, factor=3.0)
+    # See test_outputs_and_gradients_are_as_accurate_as_the_hosts.
+    assert_within_eager(actual, before, truth, factor=2.2)
 
 
 def test_a_mask_in_a_compiled_graph_is_the_hosts_and_said_to_be(monkeypatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -14,11 +15,11 @@ from torch import nn
 from fastdiff_kernels.integrations.diffusers import _processors as processors
 from fastdiff_kernels.integrations.diffusers import patch, unpatch
 from tests.helpers import assert_bitwise, assert_within_eager
-from tests.integrations.models import BY_NAME, CASES, Case, randn
+from tests.integrations.models import BY_NAME, CASES, Case, dit, randn
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-some_cases = pytest.mark.parametrize(
-    "case", [BY_NAME[n] for n in ("UNet2DModel", "DiTTransformer2DModel", "FluxTransformer2DModel")], ids=lambda c: c.name
+one_of_each_class = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name.split("-")[-1] not in ("shift", "SDXL", "3.5")], ids=lambda case: case.name
 )
 
 
@@ -53,7 +54,8 @@ def test_outputs_and_gradients_are_as_accurate_as_the_hosts(case: Case, dtype: t
         unpatch(model)
     for actual, eager, truth in results:
         assert actual.dtype == eager.dtype
-        assert_within_eager(actual, eager, truth, factor=3.0)
+        # On these inputs PixArt's largest error in float32 is 2.09 times the host's, on 39 others 0.73 to 1.36 times (median 1.00).
+        assert_within_eager(actual, eager, truth, factor=2.2 if case.name == "PixArtTransformer2DModel" else 2.0)
 
 
 @every_case
@@ -73,12 +75,14 @@ def test_unpatching_restores_classes_processors_and_bits(case: Case) -> None:
     assert_bitwise(case.call(model), before)
 
 
-def test_patching_twice_is_patching_once() -> None:
-    case = BY_NAME["FluxTransformer2DModel"]
+@every_case
+def test_patching_twice_is_patching_once(case: Case) -> None:
     model = case.model()
     first = patch(model)
     processors = [m.processor for m in model.modules() if hasattr(m, "processor")]
+    classes = [type(m) for m in model.modules()]
     second = patch(model)
+    assert [type(m) for m in model.modules()] == classes
     assert second.entries == first.entries
     assert all(m.processor is p for m, p in zip((m for m in model.modules() if hasattr(m, "processor")), processors, strict=True))
 
@@ -125,7 +129,7 @@ def test_a_pipeline_is_patched_by_component() -> None:
     assert type(pipeline.transformer.transformer_blocks[0].attn1.processor) is AttnProcessor2_0
 
 
-@some_cases
+@one_of_each_class
 def test_the_whole_model_compiles_into_one_graph(case: Case) -> None:
     model = case.model()
     before = case.call(model)
@@ -147,7 +151,7 @@ def test_a_compiled_model_follows_its_patch() -> None:
     assert ["fastdiff.attention" in graph for graph in graphs] == [False, True]
 
 
-@some_cases
+@every_case
 def test_gradient_checkpointing_gives_the_same_gradients(case: Case) -> None:
     model = case.model().train()
     patch(model)
@@ -156,7 +160,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(case: Case) -> None:
     assert_bitwise(gradients(case, model, torch.float32), kept)
 
 
-@some_cases
+@every_case
 def test_copies_and_pickles_are_patched_models(case: Case) -> None:
     model = case.model()
     patch(model)
@@ -166,7 +170,7 @@ def test_copies_and_pickles_are_patched_models(case: Case) -> None:
         assert patch(twin).counts == case.counts
 
 
-@some_cases
+@every_case
 def test_saving_writes_what_the_host_writes(case: Case, tmp_path) -> None:
     model = case.model()
     before = case.call(model)
@@ -186,7 +190,7 @@ def test_autocast_computes_in_its_dtype() -> None:
         patch(model)
         actual = case.call(model)
     assert actual.dtype == eager.dtype
-    assert_within_eager(actual, eager, truth, factor=3.0)
+    assert_within_eager(actual, eager, truth)
 
 
 def test_a_hook_on_a_norm_sees_the_norm_and_not_the_activation() -> None:
@@ -266,3 +270,14 @@ def test_unpatching_keeps_processors_that_were_set_since() -> None:
     assert model.transformer_blocks[0].attn1.processor is chosen
     assert type(model.transformer_blocks[1].attn1.processor) is AttnProcessor2_0
     torch.testing.assert_close(case.call(model), before)
+
+
+def test_what_inductor_makes_of_a_patched_model_is_the_host_with_its_gradients() -> None:
+    case = replace(BY_NAME["DiTTransformer2DModel"], build=lambda: dit(num_layers=1))
+    model = case.model()
+    exact = copy.deepcopy(model).double()
+    truth, eager = gradients(case, exact, torch.float64), gradients(case, model, torch.float32)
+    assert patch(model).replaced
+    compiled = torch.compile(model, fullgraph=True)
+    # What Inductor makes of this model, patched or not, has 8.7 times the error of eager PyTorch.
+    assert_within_eager(gradients(case, compiled, torch.float32), eager, truth, factor=10.0)
