@@ -1,13 +1,13 @@
-"""Models of diffusers end to end, patched and not, eager and compiled: small networks of each class on a CPU, of the real widths on a GPU.
+"""Models of every host end to end, patched and not, eager and compiled: small networks of each class on a CPU, of real widths on a GPU.
 
-On a CPU the compiler takes minutes for all of them: `--quick` compiles none there.
+Those of diffusers are its own; EDM, EDM2, the original DiT and HDiT stand in `benchmarks/hosts.py`. On a CPU the compiler takes minutes for
+all of them: `--quick` compiles none there.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,7 +15,10 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from benchmarks import hosts
 from benchmarks.workloads import Case, Workload
+from fastdiff_kernels.integrations import dit as original_dit
+from fastdiff_kernels.integrations import edm, k_diffusion
 from fastdiff_kernels.integrations.diffusers import patch
 
 GPU = torch.cuda.is_available()
@@ -40,6 +43,21 @@ def stable_diffusion() -> nn.Module:
         cross_attention_dim=768,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def sdxl() -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(320, 640, 1280) if GPU else (64, 128, 256),
+        cross_attention_dim=2048 if GPU else 512,
+        attention_head_dim=(5, 10, 20) if GPU else (1, 2, 4),
+        transformer_layers_per_block=(1, 2, 10) if GPU else (1, 1, 2),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
     )
 
 
@@ -92,11 +110,20 @@ def places(size: int) -> Tensor:
     return torch.stack((torch.zeros(size**2), rows.flatten(), columns.flatten()), 1)
 
 
-# Network: how it is built, the shape of x, and the rest of its arguments.
 LATENT, TOKENS = (64, 4096) if GPU else (32, 256)
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[], dict[str, Any]]]] = {
+# Network of diffusers: how it is built, the shape of x, and the rest of its arguments.
+DIFFUSERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[], dict[str, Any]]]] = {
     "UNet2DModel": (unet, (4, 3, 32, 32), lambda: {"timestep": TIMES.repeat(2)}),
     "SD-U-Net": (stable_diffusion, (2, 4, LATENT, LATENT), lambda: {"timestep": TIMES, "encoder_hidden_states": torch.randn(2, 77, 768)}),
+    "SDXL-U-Net": (
+        sdxl,
+        (1, 4, 128, 128) if GPU else (1, 4, 32, 32),
+        lambda: {
+            "timestep": TIMES[:1],
+            "encoder_hidden_states": torch.randn(1, 77, 2048 if GPU else 512),
+            "added_cond_kwargs": {"text_embeds": torch.randn(1, 1280), "time_ids": torch.tensor([[512.0, 512, 0, 0, 512, 512]])},
+        },
+    ),
     "DiT": (dit, (2, 4, 32, 32), lambda: {"timestep": TIMES, "class_labels": torch.tensor([3, 900])}),
     "PixArt": (
         pixart,
@@ -133,21 +160,61 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[],
 }
 
 
+def labels() -> dict[str, Any]:
+    return {"sigma": torch.tensor([0.4, 5.0]), "class_labels": torch.eye(10)[[1, 7]]}
+
+
+def original() -> nn.Module:
+    width, depth, heads = (1152, 28, 16) if GPU else (384, 4, 6)
+    return hosts.DiT(input_size=32, hidden_size=width, depth=depth, num_heads=heads, num_classes=1000)
+
+
+def hourglass() -> nn.Module:
+    return hosts.HDiT(width=768 if GPU else 256, d_head=64, cond_features=256, depth=8 if GPU else 4, patch_size=4)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of a host, and what patches it."""
+
+    adapter: str
+    patch: Callable[[nn.Module], object]
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    """Of x."""
+    arguments: Callable[[], dict[str, Any]]
+    """The rest of them."""
+
+
+CHANNELS, HEADS = (256, (4, 4, 0, 4)) if GPU else (64, (1, 0, 1))
+NETWORKS = {
+    **{name: Network("diffusers", patch, *parts) for name, parts in DIFFUSERS.items()},
+    "EDM's U-Net": Network("edm", edm.patch, lambda: hosts.edm(True, 10, CHANNELS, HEADS), (2, 2, 32, 32), labels),
+    "EDM2's U-Net": Network("edm", edm.patch, lambda: hosts.edm2(10, CHANNELS, HEADS), (2, 2, 32, 32), labels),
+    "original DiT": Network("dit", original_dit.patch, original, (2, 4, 32, 32), lambda: {"t": TIMES, "y": torch.tensor([3, 900])}),
+    "HDiT": Network("k_diffusion", k_diffusion.patch, hourglass, (2, 3, 64, 64), lambda: {"sigma": torch.tensor([0.4, 5.0])}),
+}
+
+
 @cache
 def network(name: str, dtype: torch.dtype, patched: bool) -> Callable[[Tensor], Tensor]:
-    build, _, arguments = NETWORKS[name]
+    host = NETWORKS[name]
     torch.manual_seed(0)
     device = "cuda" if GPU else "cpu"
-    model = build().to(device, dtype).eval().requires_grad_(False)
-    rest = {key: moved(value, device, dtype) for key, value in arguments().items()}
+    model = host.build().to(device, dtype).eval().requires_grad_(False)
+    rest = moved(host.arguments(), device, dtype)
     if patched:
-        patch(model)
-    return lambda x: model(x, **rest, return_dict=False)[0]
+        host.patch(model)
+    if host.adapter == "diffusers":
+        return lambda x: model(x, **rest, return_dict=False)[0]
+    return lambda x: model(x, **rest)
 
 
 def moved(value: Any, device: str, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {key: moved(inner, device, dtype) for key, inner in value.items()}
     if not isinstance(value, Tensor):
-        return copy.copy(value)
+        return value
     wide = value.is_floating_point() and value.dim() > 1 and value.shape[-1] > 3
     return value.to(device, dtype if wide else value.dtype)
 
@@ -166,9 +233,10 @@ def provider(name: str, patched: bool, compiled: bool = False) -> Callable[[Tens
 
 
 def workload(name: str) -> Workload:
-    shape = NETWORKS[name][1]
+    host = NETWORKS[name]
+    shape = host.shape
     return Workload(
-        "diffusers", name, shape, lambda: [torch.randn(shape)], provider(name, False), provider(name, True), gradients=(0,),
+        host.adapter, name, shape, lambda: [torch.randn(shape)], provider(name, False), provider(name, True), gradients=(0,),
         factor=8.0, compiled=False, dtypes=(torch.float32, torch.bfloat16),
     )  # fmt: skip
 
