@@ -12,6 +12,8 @@ namespace fastdiff::FASTDIFF_VARIANT {
 
 constexpr int64_t kTile = kRunLength;
 constexpr int64_t kTileBlocks = kTile / 4;
+// Blocks that are made together, whether all are wanted or not.
+constexpr int64_t kLaneBlocks = 16;
 
 // Words of a tile's blocks, each kind in its own array so that the next loop reads them in order.
 struct TileWords {
@@ -30,10 +32,10 @@ FD_INLINE Products8 even_products(Words16 x, Words16 multiplier) {
 }
 
 // What philox() computes, for 16 counters at a time.
-FD_INLINE void philox_words(uint64_t seed, Stream stream, uint64_t sample, uint32_t first, TileWords& words) {
+FD_INLINE void philox_words(uint64_t seed, Stream stream, uint64_t sample, uint32_t first, int64_t blocks, TileWords& words) {
   constexpr Words16 none = {}, lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   constexpr uint64_t upper = 0xFFFFFFFF00000000u;
-  for (int64_t i = 0; i < kTileBlocks; i += 16) {
+  for (int64_t i = 0; i < blocks; i += kLaneBlocks) {
     Words16 c0 = lanes + (first + static_cast<uint32_t>(i)), c1 = none + static_cast<uint32_t>(stream);
     Words16 c2 = none + static_cast<uint32_t>(sample), c3 = none + static_cast<uint32_t>(sample >> 32);
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -59,9 +61,9 @@ FD_INLINE void philox_words(uint64_t seed, Stream stream, uint64_t sample, uint3
 
 #else
 
-FD_INLINE void philox_words(uint64_t seed, Stream stream, uint64_t sample, uint32_t first, TileWords& words) {
+FD_INLINE void philox_words(uint64_t seed, Stream stream, uint64_t sample, uint32_t first, int64_t blocks, TileWords& words) {
 #pragma omp simd
-  for (int64_t i = 0; i < kTileBlocks; ++i) {
+  for (int64_t i = 0; i < blocks; ++i) {
     const Words found = philox(seed, stream, sample, first + static_cast<uint32_t>(i));
     words.w0[i] = found.w0;
     words.w1[i] = found.w1;
@@ -80,12 +82,13 @@ struct Noise {
   Noise(const Tensor& seed_tensor, Stream which, int64_t first_sample)
       : seed(static_cast<uint64_t>(*read<int64_t>(seed_tensor))), stream(which), offset(first_sample) {}
 
-  // The normals of elements begin to begin + kTile - 1 of sample b; begin a multiple of 4.
-  FD_INLINE void tile(int64_t b, int64_t begin, float* out) const {
+  // The normals of `count` elements of sample b from `begin` on, a multiple of 4, and of some after them; at most kTile.
+  FD_INLINE void tile(int64_t b, int64_t begin, int64_t count, float* out) const {
     TileWords words;
-    philox_words(seed, stream, static_cast<uint64_t>(offset + b), static_cast<uint32_t>(begin / 4), words);
+    const int64_t lanes = 4 * kLaneBlocks, blocks = (count + lanes - 1) / lanes * kLaneBlocks;
+    philox_words(seed, stream, static_cast<uint64_t>(offset + b), static_cast<uint32_t>(begin / 4), blocks, words);
 #pragma omp simd
-    for (int64_t i = 0; i < kTileBlocks; ++i) {
+    for (int64_t i = 0; i < blocks; ++i) {
       float z0, z1, z2, z3;
       box_muller(words.w0[i], words.w1[i], z0, z1);
       box_muller(words.w2[i], words.w3[i], z2, z3);
@@ -102,8 +105,9 @@ template <class F>
 FD_INLINE void with_noise(const Noise& noise, int64_t b, int64_t begin, int64_t end, F&& body) {
   alignas(64) float normals[kTile];
   for (int64_t i = begin; i < end; i += kTile) {
-    noise.tile(b, i, normals);
-    body(i, i + kTile < end ? i + kTile : end, normals);
+    const int64_t stop = i + kTile < end ? i + kTile : end;
+    noise.tile(b, i, stop - i, normals);
+    body(i, stop, normals);
   }
 }
 

@@ -189,7 +189,7 @@ def _backward(call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | N
     call = _whole_rows(call)
     at_once = _sums_at_once(channels, x.dtype, "weight" in slots)
     # As in the forward pass: the widest rows fill what one program can have.
-    limit = {"maxnreg": min(255, 2048 // tile.warps)} if channels > _WIDE else {}
+    limit: dict[str, Any] = {"maxnreg": min(255, 2048 // tile.warps)} if channels > _WIDE else {}
     names = list(slots)
     for i in range(0, max(len(names), 1), at_once):
         summed = {name: slots[name] for name in names[i : i + at_once]}
