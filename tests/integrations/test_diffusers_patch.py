@@ -205,6 +205,16 @@ def test_a_hook_on_a_norm_sees_the_norm_and_not_the_activation() -> None:
     torch.testing.assert_close(seen[1], seen[0])
 
 
+def test_another_activation_after_a_norm_activates_the_norm() -> None:
+    case = BY_NAME["UNet2DModel"]
+    model, host = case.model(), case.model()
+    patch(model)
+    for changed in (model, host):
+        changed.down_blocks[0].resnets[0].nonlinearity = nn.ReLU()
+        changed.conv_act = nn.GELU()
+    torch.testing.assert_close(case.call(model), case.call(host))
+
+
 def test_a_processor_that_is_not_known_is_left() -> None:
     case = BY_NAME["UNet2DConditionModel-SD"]
     model = case.model()

@@ -15,6 +15,7 @@ from fastdiff_kernels import integrations
 from fastdiff_kernels.integrations.diffusers import _host as host
 from fastdiff_kernels.integrations.diffusers import _probes as probes
 from fastdiff_kernels.integrations.diffusers import patch
+from fastdiff_kernels.integrations.diffusers._patch import MODELS
 from tests.helpers import assert_bitwise
 from tests.integrations.models import BY_NAME, CASES, Case
 
@@ -155,4 +156,4 @@ def test_random_numbers_are_those_without_a_patch(compared_anew) -> None:
 
 
 def test_the_models_are_those_of_the_host() -> None:
-    assert {case.name.split("-")[0] for case in CASES} == {name for name in patch.__globals__["MODELS"] if hasattr(diffusers, name)}
+    assert {case.name.split("-")[0] for case in CASES} == {name for name in MODELS if hasattr(diffusers, name)}

@@ -291,8 +291,12 @@ def _keys(x: Tensor) -> tuple[int, int]:
 
 def _is_watched(attn: Any) -> bool:
     """Whether hooks wait for what an op does here, in the layout in which diffusers does it."""
-    names = ("group_norm", "norm_q", "norm_k", "norm_added_q", "norm_added_k")
-    return any(is_watched(norm) for norm in (getattr(attn, name, None) for name in names) if norm is not None)
+    find = attn._modules.get  # getattr takes five times as long
+    for name in ("group_norm", "norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+        norm = find(name)
+        if norm is not None and is_watched(norm):
+            return True
+    return False
 
 
 def _has_choices(processor: Any) -> bool:
