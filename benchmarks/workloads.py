@@ -12,8 +12,8 @@ from torch import Tensor
 MODES = ("forward", "fwd+bwd")
 # What `--quick` measures: every op, at one network of those of a like size.
 QUICK = (
-    "DiT-XL/2", "DiT-S/2", "DiT", "EDM", "EDM-16", "EDM2", "SD", "SD-U-Net",
-    "CIFAR-10", "64 px", "digits", "pchip", "linear", "decisions", "sweep",
+    "DiT-XL/2", "DiT-S/2", "DiT", "EDM", "EDM-16", "EDM2", "SD-U-Net",
+    "CIFAR-10", "64 px", "pixels", "digits", "pchip", "linear", "decisions", "sweep",
 )  # fmt: skip
 
 
