@@ -17,7 +17,7 @@ from ._tuned import tuned
 
 # A group of at most so many bytes stays in the registers of one program from the first read to the last write; half as many in backward,
 # which holds two operands, and half where the vectors of many channels take registers too.
-# One program reads that in about the time of a launch, which is the least that splitting it would cost.
+# One program should read that in about the time of a launch, the least that splitting it would cost; no GPU has measured it.
 _WHOLE = 32768
 # Elements of a tile of a larger group, and of a small tile that takes several groups.
 _PART = 4096
