@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import hashlib
 import multiprocessing
 import time
@@ -24,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+import triton.language as tl
 from tqdm import tqdm
 
 from tests.triton.running import CAPABILITIES, ROOT, Launch, record_launches
@@ -44,9 +46,17 @@ def traits(arg: object) -> object:
     return type(arg).__name__
 
 
+@functools.cache
+def code(kernel: triton.JITFunction) -> str:
+    """What a kernel and all that it calls say. Triton's own key moves with the lines above a kernel as well."""
+    used = (kernel.fn.__globals__.get(name) for name in kernel.fn.__code__.co_names)
+    called = (code(u) if isinstance(u, triton.JITFunction) else f"{u!r}" for u in used if isinstance(u, (triton.JITFunction, tl.constexpr)))
+    return "\n".join([kernel.src, *called])
+
+
 def key(launch: Launch, capability: int) -> str:
     """A launch's name in the results: the same for launches with the same machine code."""
-    compiled_for = [triton.__version__, launch.kernel.cache_key, capability, traits(launch.args), sorted(launch.options.items())]
+    compiled_for = [triton.__version__, code(launch.kernel), capability, traits(launch.args), sorted(launch.options.items())]
     return hashlib.sha256(repr(compiled_for).encode()).hexdigest()[:24]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -89,9 +90,11 @@ def add_rows(partials: Sequence[Tensor], groups: int, outs: Sequence[Tensor]) ->
         chunks = max(1, triton.cdiv(rows, ROWS_PER_CHUNK))
         into = outs if chunks == 1 else [p.new_empty((groups * chunks, channels)) for p in partials]
         programs = len(partials) * groups * chunks * triton.cdiv(channels, 64)
+        # ptxas left to itself spills a little of six sums to have one program more on a multiprocessor.
+        limit: dict[str, Any] = {"maxnreg": 48} if len(partials) > 4 else {}
         launch(
             _add_rows_kernel, programs, tuple(partials), tuple(into), groups, rows, chunks, channels,
-            CHUNK=ROWS_PER_CHUNK, WIDTH=64, DEPTH=16,
+            CHUNK=ROWS_PER_CHUNK, WIDTH=64, DEPTH=16, **limit,
         )  # fmt: skip
         if chunks == 1:
             return

@@ -188,8 +188,9 @@ def _backward(call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | N
     into = [grads.get(name) if name in ("x", "branch") or name in by_row else None for name in ("x", "branch", "gate", "shift", "scale")]
     call = _whole_rows(call)
     at_once = _sums_at_once(channels, x.dtype, "weight" in slots)
-    # As in the forward pass: the widest rows fill what one program can have.
-    limit: dict[str, Any] = {"maxnreg": min(255, 2048 // tile.warps)} if channels > _WIDE else {}
+    # As in the forward pass: the widest rows fill what one program can have, and sums alone spill a little before they do.
+    alone = "x" not in wanted and "branch" not in wanted and _fills_registers(channels)
+    limit: dict[str, Any] = {"maxnreg": min(255, 2048 // tile.warps)} if channels > _WIDE or alone else {}
     names = list(slots)
     for i in range(0, max(len(names), 1), at_once):
         summed = {name: slots[name] for name in names[i : i + at_once]}
