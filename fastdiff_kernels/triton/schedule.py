@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import launch, registers_for, widen
+from ._common import launch, widen
 from ._sums import locate, sum_samples
 
 
@@ -44,7 +44,9 @@ def incremental_cost(x: Tensor, raw_low: Tensor, raw_high: Tensor, sigma_low: Te
     """See fastdiff_kernels.ops.incremental_cost. Compiled once for every sigma_data, which as an argument would be rounded to float32."""
     inputs = (x.contiguous(), raw_low.contiguous(), raw_high.contiguous())
     strides = tuple(0 if sigma.numel() == 1 else sigma.stride(0) for sigma in (sigma_low, sigma_high))
-    return sum_samples(_cost_kernel, inputs, 1, sigma_low, sigma_high, *strides, SIGMA_DATA=sigma_data, **registers_for(x))[0]
+    # As for registers_for, and on capability 100 for bfloat16 too.
+    limit = {"maxnreg": 128} if x.dtype.itemsize == 2 else {}
+    return sum_samples(_cost_kernel, inputs, 1, sigma_low, sigma_high, *strides, SIGMA_DATA=sigma_data, **limit)[0]
 
 
 @triton.jit
@@ -169,7 +171,8 @@ def integrate_schedule(sigmas: Tensor, costs: Tensor, num_steps: int, interpolat
     levels = sigmas.new_empty((*sigmas.shape[:-1], num_steps + 1))
     lengths = sigmas.new_empty((batch, intervals + 1), dtype=torch.float64)
     floors = sigmas.new_empty(batch, dtype=torch.float64)
-    launch(_accumulate_kernel, batch, sigmas, costs, lengths, floors, intervals, BLOCK=1024)
+    # One program a schedule may have the registers that ptxas would spill for another's sake.
+    launch(_accumulate_kernel, batch, sigmas, costs, lengths, floors, intervals, BLOCK=1024, maxnreg=128)
     block = 128
     blocks, rounds = triton.cdiv(num_steps + 1, block), intervals.bit_length()
     arguments = (sigmas, costs, lengths, floors, levels, intervals, num_steps, blocks, rounds)
