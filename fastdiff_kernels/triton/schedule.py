@@ -44,7 +44,7 @@ def incremental_cost(x: Tensor, raw_low: Tensor, raw_high: Tensor, sigma_low: Te
     """See fastdiff_kernels.ops.incremental_cost. Compiled once for every sigma_data, which as an argument would be rounded to float32."""
     inputs = (x.contiguous(), raw_low.contiguous(), raw_high.contiguous())
     strides = tuple(0 if sigma.numel() == 1 else sigma.stride(0) for sigma in (sigma_low, sigma_high))
-    # As for registers_for, and on capability 100 for bfloat16 too.
+    # As for `registers_for`, and on capability 100 for bfloat16 too.
     limit = {"maxnreg": 128} if x.dtype.itemsize == 2 else {}
     return sum_samples(_cost_kernel, inputs, 1, sigma_low, sigma_high, *strides, SIGMA_DATA=sigma_data, **limit)[0]
 

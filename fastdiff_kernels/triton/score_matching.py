@@ -229,7 +229,9 @@ def _denoising_kernel(
 
 def _denoising(denoised: Tensor, clean: Tensor, weight: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
     inputs = (denoised.contiguous(), clean.contiguous())
-    (loss,) = sum_samples(_denoising_kernel, inputs, 1, weight, stride(weight), *gradients, num_warps=WARPS)
+    # As for `registers_for`: in float64 ptxas spills gradients that are written, to fit more programs.
+    limit = {"maxnreg": 128} if denoised.dtype == torch.float64 else {}
+    (loss,) = sum_samples(_denoising_kernel, inputs, 1, weight, stride(weight), *gradients, num_warps=WARPS, **limit)
     return loss
 
 
