@@ -38,6 +38,7 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+SOURCES = ("cpu/*.cpp", "host/*.cpp")
 GIB_PER_JOB = 1.0
 
 
@@ -98,7 +99,7 @@ def say(text: str) -> None:
 
 
 class NativeBuild(build_ext):
-    """Compiles with ninja; without a compiler or torch's headers it says so and leaves the compiled parts out."""
+    """Compiles with ninja; without sources, a compiler or torch's headers it says so and leaves the compiled parts out."""
 
     def run(self) -> None:
         missing = self.missing()
@@ -111,6 +112,8 @@ class NativeBuild(build_ext):
     def missing(self) -> str | None:
         if os.environ.get("FASTDIFF_NATIVE", "auto") == "0":
             return "FASTDIFF_NATIVE=0"
+        if absent := [pattern for pattern in SOURCES if not sources(pattern)]:
+            return f"its sources are not in this folder ({', '.join(f'csrc/{pattern}' for pattern in absent)})"
         if self.compiler_command() is None:
             return "no C++ compiler was found (set CXX, or install g++ or clang)"
         if find_torch() is None:

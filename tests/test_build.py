@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,13 @@ ROOT = PACKAGE.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")
 
 
-def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+def setup(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    command = (sys.executable, "setup.py", *command)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def build(tmp_path: Path, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    return setup(folder, "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}", **environment)
 
 
 # An editable install finds the compiled modules of the checkout for any package of this name.
@@ -45,6 +50,44 @@ def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "installing without compiled kernels: no C++ compiler was found" in done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_without_its_sources_the_build_succeeds_and_says_so(tmp_path: Path):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = build(tmp_path / "built", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "installing without compiled kernels: its sources are not in this folder (csrc/cpu/*.cpp, csrc/host/*.cpp)" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+FOLDERS = ("csrc", "fastdiff_kernels", "tests", "benchmarks", "docs", "examples")
+
+
+def files(folder: Path) -> set[str]:
+    """What a source distribution should hold of a folder."""
+    left_out = (".pyc", ".pyo", ".so")
+    found = [path for name in FOLDERS for path in (folder / name).rglob("*") if path.is_file() and not path.name.endswith(left_out)]
+    found += [path for pattern in ("*.md", "*.py", "*.toml", "*.in", "Makefile", "LICENSE") for path in folder.glob(pattern)]
+    return {str(path.relative_to(folder)) for path in found}
+
+
+def test_a_source_distribution_holds_what_it_takes_to_build_and_to_test(tmp_path: Path):
+    wanted = files(ROOT)
+    assert {"csrc/cpu/modulate.cpp", "csrc/cuda/modulate.cu", "csrc/include/fastdiff/math.h", "tests/helpers.py"} <= wanted
+    for name in [*wanted, "fastdiff_kernels/_native.so", "tests/__pycache__/helpers.pyc"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name in wanted:
+            shutil.copy(ROOT / name, tmp_path / name)
+        else:
+            (tmp_path / name).touch()
+    done = setup(tmp_path, "sdist")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as members:
+        held = {member.name.partition("/")[2] for member in members if member.isfile()}
+    made = {name for name in held if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    assert held - made == wanted
 
 
 def test_a_wrong_switch_is_refused(tmp_path: Path):
