@@ -22,20 +22,27 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", metavar="FOLDER", default="out/demo", help="where everything is written (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     demo.add_argument("--resume", action="store_true", help="go on where an interrupted run with the same arguments stopped")
-    demo.add_argument("--workers", type=int, help="processes to run stages in, one thread each (default: as many as CPUs, at most 4)")
+    demo.add_argument("--workers", type=_count, help="processes to run stages in, one thread each (default: as many as CPUs, at most 4)")
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
     commands.add_parser("doctor", help="what was built, for what, what is loaded, what is missing and what to do")
     bench = commands.add_parser("bench", help="tables, figures and comparisons of what `pytest benchmarks --save-rows` measured")
     wanted = bench.add_subparsers(dest="wanted", required=True)
     report = wanted.add_parser("report", help="write report.html, report.md and figures")
     report.add_argument("rows", metavar="ROWS", help="a results file, for instance benchmarks/results/rows.csv")
-    report.add_argument("--out", metavar="FOLDER", default="out/bench", help="where to write (default: %(default)s)")
-    report.add_argument("--into", metavar="FILE", help="instead, put the tables between the marks of this Markdown file")
+    target = report.add_mutually_exclusive_group()
+    target.add_argument("--out", metavar="FOLDER", default="out/bench", help="where to write (default: %(default)s)")
+    target.add_argument("--into", metavar="FILE", help="instead, put the tables between the marks of this Markdown file")
     report.add_argument("--network", action="append", default=[], help="with --into: only these networks, their parts and variants")
     compare = wanted.add_parser("compare", help="which cases became slower or faster by more than their noise; status 1 if any is slower")
     compare.add_argument("a", metavar="A", help="results file, or FILE@COMMIT for the rows of one commit")
     compare.add_argument("b", metavar="B", help="likewise")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
+    return int(text)
 
 
 def _cpus() -> int:
@@ -82,6 +89,8 @@ def _bench(arguments: argparse.Namespace) -> int:
             changes = compare.compare(read(arguments.a), read(arguments.b))
             print(compare.table(changes))
             return int(any(change.verdict == "slower" for change in changes))
+        if arguments.network and not arguments.into:
+            raise ValueError("--network needs --into: the page has all networks")
         measured = read(arguments.rows)
         if arguments.into:
             target = Path(arguments.into)

@@ -61,8 +61,18 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["unknown"], ["demo", "--seed", "x"], ["demo", "--workers", "many"]])
-def test_a_wrong_command_line_is_refused(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "required: command"),
+        (["unknown"], "invalid choice: 'unknown'"),
+        (["demo", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["demo", "--workers", "many"], "argument --workers: must be a whole number of at least 1; got 'many'"),
+        (["demo", "--workers", "0"], "argument --workers: must be a whole number of at least 1; got '0'"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(arguments, text, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
+    assert text in capsys.readouterr().err

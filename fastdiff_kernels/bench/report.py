@@ -102,8 +102,16 @@ def _is_one_of(network: str, chosen: Sequence[str]) -> bool:
 
 
 def markdown(rows: Iterable[Row], networks: Sequence[str] = ()) -> str:
-    """Tables of how many times faster ours is, one for each machine; sweeps are left to the figures."""
-    kept = [row for row in latest(rows) if row.network != SWEEP and (not networks or _is_one_of(row.network, networks))]
+    """Tables of how many times faster ours is, one for each machine; sweeps are left to the figures.
+
+    Raises:
+        ValueError: no row is of one of `networks`, of its parts or of its variants.
+    """
+    measured = [row for row in latest(rows) if row.network != SWEEP]
+    known = dict.fromkeys(row.network for row in measured)
+    if unknown := [name for name in networks if not any(_is_one_of(network, [name]) for network in known)]:
+        raise ValueError(f"network must be one of {', '.join(map(repr, known))}; got {', '.join(map(repr, unknown))}")
+    kept = [row for row in measured if not networks or _is_one_of(row.network, networks)]
     blocks = []
     for machine in _machines(kept):
         here = [row for row in kept if row.device == machine]

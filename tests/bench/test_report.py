@@ -60,6 +60,26 @@ def test_a_network_has_its_parts_and_variants_with_it(tmp_path):
     assert [name for name in networks if f"| {name} |" in text] == ["EDM", "EDM-16", "DiT-XL/2 rms half"]
 
 
+def test_tables_of_a_network_that_was_not_measured_are_refused(tmp_path, capsys):
+    """What the file shows stays there."""
+    path = write(tmp_path / "rows.csv", *(measured(p, 10, network=name) for name in ("EDM-16", "DiT-XL/2") for p in ("eager", "ours")))
+    target = tmp_path / "README.md"
+    target.write_text(f"{report.BEGIN}\nold\n{report.END}\n")
+    assert main(["bench", "report", str(path), "--into", str(target), "--network", "EDM", "--network", "DiT-XL"]) == 2
+    assert "network must be one of 'EDM-16', 'DiT-XL/2'; got 'DiT-XL'" in capsys.readouterr().err
+    assert "old" in target.read_text()
+
+
+def test_options_that_would_have_no_effect_are_refused(tmp_path, capsys):
+    path, out = write(tmp_path / "rows.csv", measured("eager", 10), measured("ours", 5)), tmp_path / "out"
+    assert main(["bench", "report", str(path), "--out", str(out), "--network", "DiT-XL/2"]) == 2
+    assert "--network needs --into" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "report", str(path), "--out", str(out), "--into", "README.md"])
+    assert "not allowed with argument --out" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_what_no_gpu_has_measured_is_said(tmp_path):
     path = write(tmp_path / "rows.csv", measured("eager", 10), measured("ours", 5))
     assert "GPU: not measured." in report.markdown(rows.read(path))
