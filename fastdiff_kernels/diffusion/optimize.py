@@ -26,12 +26,12 @@ def optimize_schedule(
     *,
     sigma_min: float,
     sigma_max: float,
-    knots: int = 256,
+    knots: int | None = None,
     batch_size: int = 64,
     cost: str = "corrector",
     rounds: int | None = None,
     tolerance: float = 0.0,
-    damping: float = 1.0,
+    damping: float | None = None,
     conditioning: Mapping[str, object] | None = None,
     interpolation: str = "pchip",
     seed: int = 0,
@@ -60,11 +60,14 @@ def optimize_schedule(
             in float32 there, and be in evaluation mode.
         data: clean samples [N, ...] on the denoiser's device, float32 or float64, drawn batch_size at a time; or an iterable of such
             batches, or of pairs (batch, conditioning), of any size, one for each interval. An iterable that ends is started again.
-        num_steps: levels without the final 0.
-        knots: levels of the grid, at least 3; 256 place every level within 1 % of the exact ones for Gaussian data.
+        num_steps: levels without the final 0; at least 3 with "predictor".
+        sigma_min, sigma_max: the last level above 0 and the first, 0 < sigma_min < sigma_max.
+        knots: levels of the grid, at least 3, with "corrector" alone; 256 unless given, which place every level within 1 % of the exact
+            ones for Gaussian data.
         batch_size: samples per interval and round. With "corrector" the network is called once for each, on 2 batch_size rows.
         rounds: at most so many; 1 for "corrector" and 12 for "predictor" unless given.
         tolerance: stop when every inner level is known (by its standard error), or, with "predictor", moves by, less than this in ln sigma.
+        damping: in (0, 1], with "predictor" alone: the share of their way, in ln sigma, that the levels move in a round; 1 unless given.
         conditioning: keyword arguments of the denoiser, tensors with a row for each datum or scalars; with an iterable, scalars.
         interpolation: of the running sum between the knots, "pchip" or "linear".
         seed: of the noise and of the order in which data are drawn; the same on every device.
@@ -80,30 +83,35 @@ def optimize_schedule(
 
     Raises:
         TypeError: the denoiser has no `.raw` or `.sigma_data`; an argument of the wrong kind.
-        ValueError: an argument out of range; no data; conditioning without a row for each datum; a file of another estimate, or of
-            another stream; costs not finite or all zero.
+        ValueError: an argument out of range, or one that the cost has no use for; no data; conditioning without a row for each datum; a
+            file of another estimate, or of another stream; costs not finite or all zero.
     """
     check_denoiser(denoiser)
     check_count(num_steps, "num_steps")
     check_range(sigma_min, sigma_max)
-    check_count(knots, "knots", 3)
     check_count(batch_size, "batch_size")
     check_count(seed, "seed", 0)
     check_choice(cost, "cost", ("corrector", "predictor"))
     check_choice(interpolation, "interpolation", ("pchip", "linear"))
+    if cost == "corrector" and damping is not None:
+        raise ValueError(f"damping belongs to cost='predictor' and must be None with 'corrector', whose levels do not move, got {damping}")
+    if cost == "predictor" and knots is not None:
+        raise ValueError(f"knots belong to cost='corrector' and must be None with 'predictor', whose grid are its levels, got {knots}")
+    knots = check_count(256 if knots is None else knots, "knots", 3)
     rounds = check_count({"corrector": 1, "predictor": 12}[cost] if rounds is None else rounds, "rounds")
     check_number(tolerance, "tolerance", minimum=0)
-    check_number(damping, "damping", above=0, maximum=1)
+    damping = check_number(1.0 if damping is None else damping, "damping", above=0, maximum=1)
     given = check_conditioning(conditioning, len(data), "conditioning") if isinstance(data, Tensor) else dict(conditioning or {})
     batches = Batches(data, given, batch_size, seed)
     if cost == "predictor" and num_steps < 3:
         raise ValueError(f"num_steps must be at least 3 with cost='predictor', which moves the levels between the ends; got {num_steps}")
-    fit = _fit_corrector if cost == "corrector" else _fit_predictor
     grid = log_grid(knots if cost == "corrector" else num_steps, sigma_min, sigma_max)
     grid[0], grid[-1] = sigma_max, sigma_min
     of = list(data.shape) if isinstance(data, Tensor) else "a stream"
     estimate = IntervalCosts(grid, {"cost": cost, "seed": seed, "batch_size": batch_size, "data": of}, path)
-    return fit(denoiser, batches, estimate, num_steps, rounds, tolerance, damping, interpolation, progress)
+    if cost == "corrector":
+        return _fit_corrector(denoiser, batches, estimate, num_steps, rounds, tolerance, interpolation, progress)
+    return _fit_predictor(denoiser, batches, estimate, num_steps, rounds, tolerance, damping, interpolation, progress)
 
 
 def _fit_corrector(
@@ -113,7 +121,6 @@ def _fit_corrector(
     num_steps: int,
     rounds: int,
     tolerance: float,
-    damping: float,
     interpolation: str,
     progress: bool,
 ) -> Schedule:
