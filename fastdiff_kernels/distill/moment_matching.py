@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_choice, check_count, check_number
+from .._checks import check_count, check_number
 from ..diffusion import edm_weight
 from ._checks import check_conditioning, check_data, check_denoiser, check_shape
 from .learning_rate import LearningRate
@@ -32,7 +32,7 @@ class MomentMatchingDistiller(Recipe[Tensor]):
     Args:
         teacher: denoiser module; it is put into evaluation mode and its parameters are frozen. Student and auxiliary start as copies.
         num_steps: steps of the sampler.
-        variant: "alternating".
+        variant: "alternating", the paper's Algorithm 2. Its Algorithm 3, the instantaneous one in parameter space, is not here.
         learning_rate, auxiliary_learning_rate: numbers or `LearningRate`s (steps of both kinds count); the auxiliary's is the student's
             unless given.
         shared_batch: make both updates in every step, from the same batch and the auxiliary as it was before. Counting a backward pass
@@ -69,7 +69,10 @@ class MomentMatchingDistiller(Recipe[Tensor]):
         autocast: torch.dtype | None = None,
     ) -> None:
         self.num_steps = check_count(num_steps, "num_steps")
-        check_choice(variant, "variant", ("alternating",))
+        if variant != "alternating":
+            raise ValueError(
+                f"variant must be 'alternating' (Algorithm 2); Algorithm 3, in parameter space, is not implemented; got {variant!r}"
+            )
         self.sigma_data = data_scale(check_denoiser(teacher, "teacher"), sigma_data)
         self.sigma_min = check_number(sigma_min, "sigma_min", above=0)
         self.sigma_max = check_number(sigma_max, "sigma_max", above=self.sigma_min)

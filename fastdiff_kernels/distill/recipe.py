@@ -68,6 +68,11 @@ class Learner:
         self.learning_rate = as_learning_rate(learning_rate, f"{name} learning_rate")
         self.clip = float("inf") if clip is None else check_number(clip, "clip", above=0)
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        if not self.parameters:
+            raise ValueError(
+                f"{name} must have parameters that require grad; got {type(network).__name__} with none: it is frozen, as distillers "
+                "freeze their teachers in place. Give a copy, or call requires_grad_(True) on it"
+            )
         fused = self.parameters[0].device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate(0), betas=betas, eps=eps, fused=fused)
 

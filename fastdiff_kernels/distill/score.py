@@ -34,7 +34,7 @@ class ScoreTrainer(Recipe[Tensor]):
     The noise xi is never stored: the ops draw it again from a seed. Losses are reported per element; that of "lcss" is negative.
 
     Args:
-        denoiser: module called as denoiser(x, sigma, **conditioning); it is trained in place.
+        denoiser: module called as denoiser(x, sigma, **conditioning); it is trained in place, those of its parameters that require grad.
         loss: "dsm" or "lcss".
         learning_rate: a number or a `LearningRate`.
         noise_law: noise levels of the training, EDM's log-normal unless given; called as noise_law(count, generator) -> float32 [count].
@@ -89,8 +89,8 @@ class ScoreTrainer(Recipe[Tensor]):
         if label_dropout and not self.null_label:
             raise ValueError("null_label must be given with label_dropout, as the denoiser's network names no number of classes")
         self.sample_shape = None if sample_shape is None else check_shape(sample_shape, "sample_shape")
-        self.denoiser = denoiser.train()
         learner = Learner("denoiser", denoiser, learning_rate, betas, eps, clip)
+        self.denoiser = denoiser.train()
         super().__init__(learner, [], ema_decay=ema_decay, seed=seed, autocast=autocast)
         self.online = noise_law if isinstance(noise_law, OnlineSchedule) else None
         if self.online is not None:

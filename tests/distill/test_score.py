@@ -7,7 +7,7 @@ import torch
 
 from fastdiff_kernels import ops
 from fastdiff_kernels.diffusion import Schedule, edm_weight
-from fastdiff_kernels.distill import LearningRate, ScoreTrainer
+from fastdiff_kernels.distill import LearningRate, MomentMatchingDistiller, ScoreTrainer
 
 
 def gradients(loss, module):
@@ -193,6 +193,16 @@ def test_bad_denoisers(linear_denoiser):
         ScoreTrainer(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="null_label must be given"):
         ScoreTrainer(linear_denoiser(1.0), label_dropout=0.1)
+
+
+def test_a_frozen_denoiser_is_named(tiny_denoiser):
+    """A teacher is frozen by its distiller; that it can be trained no longer is said."""
+    teacher = tiny_denoiser()
+    MomentMatchingDistiller(teacher, num_steps=1)
+    with pytest.raises(ValueError, match="denoiser must have parameters that require grad; got EDMPrecond with none: it is frozen, as"):
+        ScoreTrainer(teacher)
+    assert not teacher.training
+    ScoreTrainer(teacher.requires_grad_(True))
 
 
 def test_bad_batches(tiny_denoiser):
