@@ -134,7 +134,8 @@ def as_denoiser(
 
     Args:
         model: returns the noise prediction [B, C, ...], or 2 C channels, the second half of which is its variance.
-        betas: [T], of the discrete process; None is what DiT was trained with, 1000 from 1e-4 to 0.02, linearly.
+        betas: floating [T], T >= 2, in (0, 1], of the discrete process; None is what DiT was trained with, 1000 from 1e-4 to 0.02,
+            linearly.
         sigma_data: standard deviation of the data.
         guidance, null_class: of classifier-free guidance; the class that stands for none.
 
@@ -143,7 +144,7 @@ def as_denoiser(
     """
     if check_number(guidance, "guidance") != 1 and null_class is None:
         raise ValueError(f"guidance needs null_class, which is None; got guidance = {guidance}")
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64) if betas is None else betas.detach().double().cpu()
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64) if betas is None else _checked_betas(betas)
     absent: Mapping[str, Tensor] | None = None if null_class is None else {"class_labels": torch.tensor([null_class])}
     parametrisation = Noise((1 - betas).cumprod(0))
     return ModelDenoiser(_checked(model), parametrisation, check_positive(sigma_data, "sigma_data"), guidance, absent, _call)
@@ -174,6 +175,18 @@ def _width(norm: Any) -> int:
 def _condition(module: Any) -> int:
     linear = [layer for layer in module.adaLN_modulation.modules() if isinstance(layer, nn.Linear)]
     return linear[0].in_features
+
+
+def _checked_betas(betas: Tensor) -> Tensor:
+    if not isinstance(betas, Tensor) or not betas.is_floating_point():
+        raise TypeError(f"betas must be a floating-point tensor, got {betas.dtype if isinstance(betas, Tensor) else type(betas).__name__}")
+    if betas.dim() != 1 or len(betas) < 2:
+        raise ValueError(f"betas must have shape [T] with T >= 2, got {list(betas.shape)}")
+    betas = betas.detach().double().cpu()
+    outside = betas[~((betas > 0) & (betas <= 1))]
+    if len(outside):
+        raise ValueError(f"betas must lie in (0, 1], got {outside[0].item()}")
+    return betas
 
 
 def _checked(model: nn.Module) -> nn.Module:

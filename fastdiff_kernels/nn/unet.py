@@ -45,7 +45,7 @@ class UNet(nn.Module):
         attention_levels: levels (0 the finest) with attention after each block, beside the middle, which always has it.
         num_heads, num_groups: of the attention and of the group norms; they must divide every width.
         num_classes: 0 for an unconditional network; otherwise label `num_classes` (or None) is the null class.
-        condition_dim: width of the noise/class embedding; 4 * channels unless given.
+        condition_dim: width of the noise/class embedding, even; 4 * channels unless given.
         qk_norm: "rms" or None, for the attention.
         dropout: before the second convolution of each residual block.
         policy: "auto", "always" or "never": whether the ops are called under torch.compile; see docs/blocks.md.
@@ -70,6 +70,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels = check_count(in_channels, "in_channels")
+        out_channels = check_count(in_channels if out_channels is None else out_channels, "out_channels")
         divides("num_groups", check_count(num_groups, "num_groups"), "channels", check_count(channels, "channels"))
         check_count(blocks, "blocks")
         if not multipliers:
@@ -77,7 +78,8 @@ class UNet(nn.Module):
         widths = [channels * check_count(m, "multipliers") for m in multipliers]
         if any(level not in range(len(widths)) for level in attention_levels):
             raise ValueError(f"attention_levels must lie in [0, {len(widths) - 1}], got {tuple(attention_levels)}")
-        condition_dim = condition_dim if condition_dim is not None else 4 * channels
+        condition_dim = check_count(4 * channels if condition_dim is None else condition_dim, "condition_dim", 2)
+        divides("2", 2, "condition_dim", condition_dim)
         self.num_classes = num_classes
         self.downsampling = 2 ** (len(widths) - 1)
         self.num_groups, self.policy = num_groups, check_policy(policy)
@@ -105,7 +107,7 @@ class UNet(nn.Module):
                 self.up.append(stage(width + skips.pop(), level_width, level in attention_levels, resample))
                 width = level_width
         self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
-        self.conv_out = zero_init(nn.Conv2d(width, in_channels if out_channels is None else out_channels, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x: torch.Tensor, noise_level: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """Raw network output.

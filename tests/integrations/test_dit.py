@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import pytest
 import torch
@@ -129,6 +130,31 @@ def test_the_model_is_a_denoiser() -> None:
     torch.testing.assert_close(guided(x, sigma, class_labels=labels), 2 * conditional - absent, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="guidance needs null_class"):
         dit.as_denoiser(model, guidance=2.0)
+
+
+def test_betas_are_those_of_the_process() -> None:
+    model, x, labels = hosts.DiT(), randn(2, 4, 6, 6), torch.tensor([1, 2])
+    same = dit.as_denoiser(model, betas=torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+    other = dit.as_denoiser(model, betas=torch.linspace(1e-4, 0.01, 1000))
+    usual = dit.as_denoiser(model)(x, 2.0, class_labels=labels)
+    torch.testing.assert_close(same(x, 2.0, class_labels=labels), usual)
+    assert not torch.allclose(other(x, 2.0, class_labels=labels), usual)
+
+
+@pytest.mark.parametrize(
+    ("betas", "error", "message"),
+    [
+        ([0.1, 0.2], TypeError, "betas must be a floating-point tensor, got list"),
+        (torch.tensor([1, 1]), TypeError, r"betas must be a floating-point tensor, got torch\.int64"),
+        (torch.tensor(0.1), ValueError, r"betas must have shape \[T\] with T >= 2, got \[\]"),
+        (torch.tensor([0.1]), ValueError, r"betas must have shape \[T\] with T >= 2, got \[1\]"),
+        (torch.tensor([0.25, 0.0]), ValueError, r"betas must lie in \(0, 1\], got 0.0"),
+        (torch.tensor([0.25, float("nan")]), ValueError, r"betas must lie in \(0, 1\], got nan"),
+    ],
+)
+def test_betas_that_are_none_are_refused(betas: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        dit.as_denoiser(hosts.DiT(), betas=cast(Any, betas))
 
 
 def test_what_is_no_module_is_refused() -> None:

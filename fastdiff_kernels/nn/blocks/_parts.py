@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..._checks import check_choice, check_count
+from ..._checks import check_choice, check_count, check_positive
 from .._checks import divides
 from .._policy import apply
 
@@ -32,7 +32,7 @@ def qk_weight(qk_norm: str | None, num_heads: int, head_dim: int) -> nn.Paramete
 
 def feed_forward(dim: int, mlp_ratio: float) -> nn.Sequential:
     """Linear, GELU (tanh), Linear, with a hidden width of int(mlp_ratio * dim)."""
-    hidden = int(dim * mlp_ratio)
+    hidden = int(dim * check_positive(mlp_ratio, "mlp_ratio"))
     if hidden < 1:
         raise ValueError(f"mlp_ratio must leave at least one hidden channel, got mlp_ratio={mlp_ratio} with dim={dim}")
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
