@@ -6,12 +6,13 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from . import _choices, _loader
 from ._companions import TABLE
@@ -96,11 +97,34 @@ def run(op: Op, name: str, args: Sequence[Any]):
     return overload(op).default(*args)
 
 
+def run_definition(op: Op, why: str, *args: Any):
+    """Runs op's definition where no backend is asked: `why` is what `explain` says of it."""
+    note(op.name, "reference", why)
+    return op.reference(*args)
+
+
+def note(name: str, ran: str, why: str) -> None:
+    """Tells each `explain` under way that a call of op `name` runs on backend `ran`."""
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, _Recorder):
+            mode.lines.append(f"{name}: {ran} ({why})")
+
+
+class _Decided(threading.local):
+    """Whether a `backend` has decided about the call under way, which those around it must not do again."""
+
+    value = False
+
+
+_decided = _Decided()
+
+
 class backend(TorchDispatchMode):
     """Context manager in which every op runs on the named backend: "reference", "cpu", "triton", "cuda" or "sdpa" (attention alone).
 
-    A call that the backend cannot run raises RuntimeError with the reason; nothing falls back. Functions compiled with
-    torch.compile run uncompiled inside it.
+    The innermost one decides. A call that the backend cannot run raises RuntimeError with the reason; nothing falls back. No backend is
+    asked where a derivative or a transform has an op's definition run, which `explain` tells. Functions compiled with torch.compile run
+    uncompiled inside it.
     """
 
     def __init__(self, name: str) -> None:
@@ -108,43 +132,53 @@ class backend(TorchDispatchMode):
             raise ValueError(f"backend: name must be one of {', '.join(BACKENDS)}; got {name!r}")
         super().__init__()
         self.name = name
+        self.forces = f"forced by backend({name!r})"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         op = _by_overload().get(func)
-        if op is None:
+        if op is None or _decided.value:
             return func(*args, **(kwargs or {}))
         reason = refusal(op, self.name, args)
         if reason is not None:
             raise RuntimeError(f"backend({self.name!r}) cannot run {op.name}: {reason}")
-        return run(op, self.name, args)
+        note(op.name, self.name, self.forces)
+        _decided.value = True
+        try:
+            return run(op, self.name, args)
+        finally:
+            _decided.value = False
 
 
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Op, tuple]] = []
+        self.lines: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if (op := _by_overload().get(func)) is not None:
-            self.calls.append((op, args))
+        op = _by_overload().get(func)
+        # What a backend further in decided it has noted itself; one further out cannot, since this mode is off while it is at work.
+        if op is not None and not _decided.value:
+            forced = next((mode for mode in reversed(_get_current_dispatch_mode_stack()) if isinstance(mode, backend)), None)
+            self.lines.append(_preferred(op, args) if forced is None else f"{op.name}: {forced.name} ({forced.forces})")
         return func(*args, **(kwargs or {}))
 
 
+def _preferred(op: Op, args: Sequence[Any]) -> str:
+    """The line of `explain` for a call about which nobody but `order` and `refusal` decides."""
+    reasons = {name: refusal(op, name, args) for name in BACKENDS}
+    chosen = next((name for name in order(op, args) if reasons[name] is None), "reference")
+    others = [f"{name}: {reason or 'not preferred here'}" for name, reason in reasons.items() if name != chosen]
+    choice = _choice(op, next(a for a in args if isinstance(a, Tensor)).device, args)
+    because = f" by {choice}" if choice is not None and choice.backend == chosen else ""
+    return f"{op.name}: {chosen}{because} ({'; '.join(others)})"
+
+
 def explain(fn: Callable, *args: Any, **kwargs: Any) -> str:
-    """Runs fn(*args, **kwargs) and says, for each op in it, which backend ran and why the others did not."""
+    """Runs fn(*args, **kwargs) and says, for each op in it, which backend ran and why: what the others refuse, that a `backend` forces it,
+    or that a derivative or a transform has the op's definition run."""
     with _Recorder() as recorder:
         fn(*args, **kwargs)
-    if not recorder.calls:
-        return f"{getattr(fn, '__name__', fn)}: called no fastdiff op (under forward-mode derivatives the definitions run)"
-    lines = []
-    for op, call in recorder.calls:
-        reasons = {name: refusal(op, name, call) for name in BACKENDS}
-        chosen = next((name for name in order(op, call) if reasons[name] is None), "reference")
-        others = [f"{name}: {reason or 'not preferred here'}" for name, reason in reasons.items() if name != chosen]
-        choice = _choice(op, next(a for a in call if isinstance(a, Tensor)).device, call)
-        because = f" by {choice}" if choice is not None and choice.backend == chosen else ""
-        lines.append(f"{op.name}: {chosen}{because} ({'; '.join(others)})")
-    return "\n".join(lines)
+    return "\n".join(recorder.lines) or f"{getattr(fn, '__name__', fn)}: called no fastdiff op"
 
 
 @functools.cache

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function as _single_level
 from torch.autograd import forward_ad
 
+from ._backends import note, run_definition
 from ._companions import as_tuple, has_backward, one_or_all, vjp
 from ._registry import Op, overload
 from ._scale import scale_samples
 
 _AUTOGRAD_KEYS = torch._C._after_autograd_keyset
+_FORWARD_MODE = "forward mode runs its definition"
 
 
 def _is_tensor_argument(argument: torch._C.Argument) -> bool:
@@ -35,7 +37,7 @@ def _dual(op: Op, dual: str, wanted: Sequence[int], args: Sequence[Any]):
     pairs = [forward_ad.unpack_dual(a, level=0) if isinstance(a, Tensor) else (a, None) for a in args]
     if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for _, t in pairs):
         # Its batches (gradcheck's) know no way to make a dual of outputs that a kernel returned as a batch.
-        return op.reference(*args)
+        return run_definition(op, _FORWARD_MODE, *args)
     results = getattr(torch.ops.fastdiff, dual).default(*[primal for primal, _ in pairs], *[pairs[i][1] for i in wanted])
     outputs, tangents = results[: op.outputs], results[op.outputs :]
     return one_or_all([forward_ad.make_dual(o, t, level=0) for o, t in zip(outputs, tangents, strict=True)])
@@ -54,6 +56,7 @@ def _recording(op: Op, wanted: Sequence[int]) -> type[torch.autograd.function._S
         if not any(needs):
             return [None] * len(wanted)
         if torch.is_grad_enabled():
+            note(f"{op.name}_backward", "reference", "a gradient that may be differentiated in turn is its definition's")
             return as_tuple(vjp(op, wanted, grads, args, needs))
         if recorded_packet is not None and _scalable(args[wanted[0]]) and not _batched(grads[0]):
             return _scaled(recorded_packet(*args, needs)[1:], grads[0], needs)
@@ -160,8 +163,10 @@ def autograd_kernel(op: Op) -> Callable:
             return _dual(op, op.dual, wanted, args)
         if dual and op.composed:
             return op.composed(*args)
-        if dual or any(isinstance(args[i], Tensor) and args[i].requires_grad for i in traced):
-            return op.reference(*args)
+        if dual:
+            return run_definition(op, _FORWARD_MODE, *args)
+        if any(isinstance(args[i], Tensor) and args[i].requires_grad for i in traced):
+            return run_definition(op, f"only its definition has a gradient of {' and '.join(op.traced)}", *args)
         if not any(isinstance(args[i], Tensor) and args[i].requires_grad for i in wanted):
             return below(keyset, args)
         with _single_level():

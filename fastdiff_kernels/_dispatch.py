@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _loader
-from ._backends import has_kernel, missing_cpu_kernel, order, refusal, run, without_cpu_kernel
+from ._backends import has_kernel, missing_cpu_kernel, order, refusal, run, run_definition, without_cpu_kernel
 from ._companions import TABLE
 from ._derivatives import autograd_kernel, without_derivative
 from ._registry import Op, overload
@@ -62,7 +62,7 @@ def _implement_vmap(op: Op) -> None:
         # Its definition records a graph, which cannot be done below the level at which vmap runs its rules.
         torch.library.register_vmap(f"fastdiff::{op.name}", _vmap_by_slices(op), lib=_library)
     else:
-        _library.impl(op.name, op.reference, "FuncTorchBatched")
+        _library.impl(op.name, functools.partial(run_definition, op, "vmap runs its definition"), "FuncTorchBatched")
 
 
 def _register(op: Op) -> None:

@@ -250,6 +250,18 @@ def test_a_forced_backend_never_falls_back(monkeypatch):
         fastdiff_kernels.backend("gpu")
 
 
+def test_the_innermost_backend_decides(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.randn(2, 5)
+    with fastdiff_kernels.backend("triton"):
+        with fastdiff_kernels.backend("reference"):
+            expected = fastdiff_kernels.ops.denoising_loss(x, 2 * x)
+        with fastdiff_kernels.backend("cpu"):
+            torch.testing.assert_close(fastdiff_kernels.ops.denoising_loss(x, 2 * x), expected)
+        with pytest.raises(RuntimeError, match=r"backend\('triton'\) cannot run denoising_loss"):
+            fastdiff_kernels.ops.denoising_loss(x, 2 * x)
+
+
 def test_explain_names_the_backend_and_the_refusals():
     text = fastdiff_kernels.explain(fastdiff_kernels.ops.lcss_noise, torch.zeros(1, 2), 0)
     assert text.startswith("lcss_noise: cpu (")
@@ -264,6 +276,51 @@ def test_explain_names_the_row_of_the_table_that_decided(monkeypatch):
     text = fastdiff_kernels.explain(fastdiff_kernels.ops.attention, q, q, q)
     assert text.startswith("attention: cpu by line 7 of choices.csv (made up) (")
     assert fastdiff_kernels.explain(fastdiff_kernels.ops.lcss_noise, torch.zeros(1, 2), 0).startswith("lcss_noise: cpu (")
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_explain_names_a_forced_backend(name: str):
+    loss, args = fastdiff_kernels.ops.denoising_loss, torch.randn(2, 2, 5).unbind()
+
+    def forcing():
+        with fastdiff_kernels.backend(name):
+            loss(*args)
+
+    forced = f"denoising_loss: {name} (forced by backend('{name}'))"
+    assert fastdiff_kernels.explain(forcing) == forced
+    with fastdiff_kernels.backend(name):
+        assert fastdiff_kernels.explain(loss, *args) == forced
+    with fastdiff_kernels.backend("reference" if name == "cpu" else "cpu"):
+        assert fastdiff_kernels.explain(forcing) == forced
+
+
+def test_explain_names_what_has_the_definition_run():
+    (x, other), shift = torch.randn(2, 2, 3, 4), torch.zeros(2, 4)
+    modulate, rotate = fastdiff_kernels.ops.layer_norm_modulate, fastdiff_kernels.ops.qk_norm_rope
+
+    def norm(x):
+        return modulate(x, shift, shift)
+
+    def gradient(**options):
+        leaf = x.clone().requires_grad_()
+        torch.autograd.grad(norm(leaf).sum(), leaf, **options)
+
+    def learned_angles():
+        q, angles = torch.randn(2, 3, 1, 4), torch.zeros(3, 2, requires_grad=True)
+        rotate(q, q, cos=angles.cos(), sin=angles.sin(), norm=None)
+
+    def lines(fn, *args):
+        return [line.split("; ")[0] for line in fastdiff_kernels.explain(fn, *args).splitlines()]
+
+    by_kernel = "layer_norm_modulate: cpu (reference: not preferred here"
+    assert lines(torch.func.jvp, norm, (x,), (other,)) == ["layer_norm_modulate: reference (forward mode runs its definition)"]
+    assert lines(torch.vmap(norm), x[None]) == ["layer_norm_modulate: reference (vmap runs its definition)"]
+    assert lines(gradient) == [by_kernel, by_kernel.replace(":", "_backward:", 1)]
+    assert [line.partition(" (")[0] for line in lines(lambda: gradient(create_graph=True))] == [
+        "layer_norm_modulate: cpu", "layer_norm_modulate_backward: reference",
+    ]  # fmt: skip
+    assert lines(learned_angles) == ["qk_norm_rope: reference (only its definition has a gradient of cos and sin)"]
+    assert fastdiff_kernels.explain(torch.relu, x) == "relu: called no fastdiff op"
 
 
 def test_the_definitions_do_not_warn_while_the_library_is_there():
