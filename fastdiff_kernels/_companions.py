@@ -51,7 +51,12 @@ def _backward_row(op: Op) -> Op:
         empty = channels_last_aware_empty if op.keeps_channels_last else _contiguous_empty
         return one_or_all([empty(call(args)[i]) if need else _absent(args) for i, need in zip(wanted, args[-1], strict=True)])
 
-    size, refuses = _about_call(op, call)
+    size, of_call = _about_call(op, call)
+
+    def refuses_either(name: str, *args: Any) -> str | None:
+        of_gradients = None if op.refuses_gradients is None else op.refuses_gradients(name, *args[:grads])
+        return of_gradients or (None if of_call is None else of_call(name, *args))
+
     return Op(
         name=f"{op.name}_backward",
         family=op.family,
@@ -60,7 +65,7 @@ def _backward_row(op: Op) -> Op:
         fake=fake,
         kernels=op.kernels,
         size=size,
-        refuses=refuses,
+        refuses=of_call if op.refuses_gradients is None else refuses_either,
         backward_of=op.name,
     )
 

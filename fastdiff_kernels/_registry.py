@@ -59,6 +59,8 @@ class Op:
     """Rows and width of one call, by which `choices.csv` chooses a backend."""
     refuses: Callable[..., str | None] | None = None
     """(backend, *arguments) -> why that backend does not run this call; None where it does."""
+    refuses_gradients: Callable[..., str | None] | None = None
+    """(backend, *gradients of the primary outputs) -> the same for f_backward, which refuses the calls that f refuses besides."""
     backward_of: str | None = None
     recorded_of: str | None = None
 
@@ -152,6 +154,10 @@ def _attention_refuses(name: str, *args: Any) -> str | None:
     if name == "triton" and args[0].dtype == torch.float64:
         return "its Triton kernels are for float32, bfloat16 and float16"
     return None
+
+
+def _attention_refuses_gradients(name: str, *grads: Tensor | None) -> str | None:
+    return _sdpa.refusal_of_gradients(*grads) if name == "sdpa" else None
 
 
 def _attention_dual_refuses(name: str, q: Tensor, *args: Any) -> str | None:
@@ -261,7 +267,8 @@ _TABLE = (
         "attention", "attention", "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> (Tensor, Tensor)",
         _R.attention.attention, _attended, ("cpu", "triton", "sdpa"),
         differentiable=("q", "k", "v"), saved=(0, 1), optional_grads=True, dual="attention_dual",
-        flops=_attention_flops, size=lambda q, *_: (q.shape[1], q.shape[3]), refuses=_attention_refuses,
+        flops=_attention_flops, size=lambda q, *_: (q.shape[1], q.shape[3]),
+        refuses=_attention_refuses, refuses_gradients=_attention_refuses_gradients,
     ),
     Op(
         "attention_packed", "attention", "(Tensor qkv, float scale, Tensor? key_lengths) -> (Tensor, Tensor)",
@@ -269,7 +276,7 @@ _TABLE = (
         differentiable=("qkv",), saved=(0, 1), optional_grads=True,
         composed=_packed_attention(lambda *args: torch.ops.fastdiff.attention.default(*args)),
         flops=_packed_attention(_attention_flops), size=lambda qkv, *_: (qkv.shape[1], qkv.shape[4]),
-        refuses=lambda name, qkv, *args: _attention_refuses(name, *qkv.unbind(2), *args),
+        refuses=lambda name, qkv, *args: _attention_refuses(name, *qkv.unbind(2), *args), refuses_gradients=_attention_refuses_gradients,
     ),
     Op(
         "attention_dual", "attention",

@@ -34,6 +34,13 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor |
     return None
 
 
+def refusal_of_gradients(grad: Tensor | None, grad_lse: Tensor | None) -> str | None:
+    """Why the libraries do not run backward from these; None where they do."""
+    if grad is None or grad_lse is not None:
+        return "PyTorch's attention libraries have a gradient of the output alone, none of the log-sum-exp"
+    return None
+
+
 def _aligned(x: Tensor) -> bool:
     outer = (x.stride(i) for i in range(3) if x.shape[i] > 1)
     return x.stride(3) == 1 and x.storage_offset() % 8 == 0 and all(s % 8 == 0 for s in outer)
@@ -56,14 +63,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor
 
 
 def attention_backward(
-    grad: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None,
+    grad: Tensor, grad_lse: None, q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None,
     output: Tensor, lse: Tensor, needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    if grad is None or grad_lse is not None:
-        # The libraries have no gradient of the log-sum-exp; our kernels take up any.
-        from .triton import attention as own
-
-        return own.attention_backward(grad, grad_lse, q, k, v, scale, key_lengths, output, lse, needs)
     heads_first = [x.transpose(1, 2) for x in (grad if grad.stride(3) == 1 else grad.contiguous(), q, k, v, output)]
     # What a dropout would have drawn from.
     seed, offset = q.new_empty(2, dtype=torch.uint64), q.new_empty(0, dtype=torch.uint64)
@@ -78,7 +80,7 @@ def attention_packed(qkv: Tensor, scale: float, key_lengths: Tensor | None) -> t
 
 
 def attention_packed_backward(
-    grad: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, scale: float, key_lengths: Tensor | None, output: Tensor, lse: Tensor,
+    grad: Tensor, grad_lse: None, qkv: Tensor, scale: float, key_lengths: Tensor | None, output: Tensor, lse: Tensor,
     needs: Sequence[bool],
 ) -> Tensor:  # fmt: skip
     q, k, v = qkv.unbind(2)

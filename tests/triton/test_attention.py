@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import fastdiff_kernels
-from fastdiff_kernels import _choices, _sdpa, ops
+from fastdiff_kernels import _backends, _choices, _sdpa, ops
+from fastdiff_kernels._companions import TABLE
 from fastdiff_kernels._registry import OPS
 from fastdiff_kernels.reference import attention as definition
 from fastdiff_kernels.triton import _attention_tiles, attention
@@ -302,6 +303,23 @@ def test_libraries_take_what_they_are_given(prefers_cudnn, monkeypatch):
 def test_libraries_refuse_with_a_reason(call, reason):
     args = call()
     assert reason in OPS["attention"].refuses("sdpa", *args)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_libraries_refuse_the_gradient_of_the_log_sum_exp(packed, monkeypatch):
+    """Forced they say so, as nothing falls back; otherwise the next backend has it."""
+    monkeypatch.setattr(_backends, "unavailable", lambda *_: None)
+    qkv = torch.empty(2, 1024, 3, 4, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    call, inputs = (ops.attention_packed, (qkv,)) if packed else (ops.attention, qkv.unbind(2))
+    with fastdiff_kernels.backend("sdpa"):
+        out, lse = call(*inputs, return_lse=True)
+        for outputs in ([lse], [out, lse]):
+            with pytest.raises(RuntimeError, match=r"sdpa.* cannot run attention.*_backward: .* none of the log-sum-exp"):
+                torch.autograd.grad([o.sum() for o in outputs], qkv, retain_graph=True)
+        assert torch.autograd.grad(out.sum(), qkv, retain_graph=True)[0].shape == qkv.shape
+    op = TABLE["attention_packed_backward" if packed else "attention_backward"]
+    backward = (out, lse, *(x.detach() for x in inputs), 0.1, None, out, lse, [True] * len(inputs))
+    assert [name for name in op.kernels if _backends.refusal(op, name, backward) is None] == ["cpu", "triton"]
 
 
 def test_libraries_run_where_the_table_says_so():
