@@ -72,19 +72,8 @@ class EvenSkip(FixedSkip):
         if not 1 <= self.calls <= self.steps:
             raise ValueError(f"calls: got {self.calls}; expected 1 to steps={self.steps}")
 
-    def start(self, x: Tensor, sigma: float) -> _EvenState:
-        return _EvenState({i * self.steps // self.calls for i in range(self.calls)})
-
-
-class _EvenState:
-    def __init__(self, computed: set[int]) -> None:
-        self.computed = computed
-        self.steps = 0
-        self.reuse = torch.zeros(1, dtype=torch.bool)
-
-    def update(self, x: Tensor, x_next: Tensor, sigma: float, sigma_next: float, change: Tensor | None = None) -> None:
-        self.steps += 1
-        self.reuse = torch.tensor([self.steps not in self.computed])
+    def computes(self, step: int) -> bool:
+        return any(step == i * self.steps // self.calls for i in range(self.calls))
 
 
 def psnr(samples: Tensor, reference: Tensor, scale: float) -> float:

@@ -95,7 +95,7 @@ def sample(
 
     levels = schedule.sigmas.tolist()
     x = noise * levels[0]
-    trajectory = Trajectory(predictor, float(guidance), skip, x, levels[0])
+    trajectory = Trajectory(predictor, float(guidance), skip, x)
     per_sample = skip is not None and skip.per_sample
     skipped = torch.zeros((schedule.num_steps, batch) if per_sample else schedule.num_steps, dtype=torch.bool)
     for index, (sigma, sigma_next) in enumerate(progress_bar(list(pairwise(levels)), progress, "sampling")):

@@ -5,22 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import Protocol
-
-import torch
-from torch import Tensor
 
 from .._checks import check_choice, check_count
 from ..reference.skipping import WARM_UP_STEPS
-
-
-class SkipState(Protocol):
-    """Decisions along one trajectory taken in Python. `reuse` (bool on the CPU, [1]): the next step does without the network."""
-
-    reuse: Tensor
-
-    def update(self, x: Tensor, x_next: Tensor, sigma: float, sigma_next: float) -> None:
-        """Note a step from x at sigma to x_next at sigma_next, [B, ...]."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +83,6 @@ class FixedSkip:
         check_count(self.every, "every")
         check_choice(self.reuse, "reuse", ("hold", "extrapolate"))
 
-    def start(self, x: Tensor, sigma: float) -> SkipState:
-        """The state of a new trajectory; x and sigma are not looked at."""
-        return _Fixed(self.every)
-
-
-class _Fixed:
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self.steps = 0
-        self.reuse = torch.zeros(1, dtype=torch.bool)
-
-    def update(self, x: Tensor, x_next: Tensor, sigma: float, sigma_next: float) -> None:
-        self.steps += 1
-        self.reuse = torch.tensor([self.steps % self.every != 0])
+    def computes(self, step: int) -> bool:
+        """Whether the network runs in this step, the first being 0."""
+        return step % self.every == 0

@@ -13,7 +13,7 @@ from .. import ops
 from ..reference.skipping import REUSE, STATE_WIDTH
 from ._transfer import to_device
 from .prediction import Predictor
-from .skipping import AdaptiveSkip, FixedSkip, SkipState
+from .skipping import AdaptiveSkip, FixedSkip
 
 Predictions = tuple[Tensor, Tensor | None]
 
@@ -25,10 +25,10 @@ class Trajectory:
     sample, and with reuse="extrapolate" the one before it: it does not grow with the steps.
     """
 
-    def __init__(self, predictor: Predictor, guidance: float, skip: AdaptiveSkip | FixedSkip | None, x: Tensor, sigma: float) -> None:
+    def __init__(self, predictor: Predictor, guidance: float, skip: AdaptiveSkip | FixedSkip | None, x: Tensor) -> None:
         self.predictor = predictor
         self.guidance = guidance
-        self.decisions = _decisions(skip, x, sigma)
+        self.decisions = _decisions(skip, x)
         self.reuse = torch.zeros(1, dtype=torch.bool)  # [1] or [B]: which samples this step does without the network
         self.rows: Tensor | None = None  # [B] where only some compute
         self.newest: Tensor | None = None
@@ -103,10 +103,10 @@ class Trajectory:
         self.newest = noise
 
 
-def _decisions(skip: AdaptiveSkip | FixedSkip | None, x: Tensor, sigma: float) -> _Decisions:
+def _decisions(skip: AdaptiveSkip | FixedSkip | None, x: Tensor) -> _Decisions:
     if skip is None:
         return _Decisions()
-    return _OfDevice(skip, x) if isinstance(skip, AdaptiveSkip) else _OfHost(skip.start(x, sigma), x)
+    return _OfDevice(skip, x) if isinstance(skip, AdaptiveSkip) else _OfHost(skip, x)
 
 
 class _Decisions:
@@ -125,19 +125,19 @@ class _Decisions:
 
 
 class _OfHost(_Decisions):
-    """A rule in Python; the device's state tells only where the predictions in memory were made."""
+    """FixedSkip: known beforehand; the device's state tells only where the predictions in memory were made."""
 
-    def __init__(self, rule: SkipState, x: Tensor) -> None:
+    def __init__(self, rule: FixedSkip, x: Tensor) -> None:
         self.rule = rule
+        self.steps = 0
         self.state = x.new_zeros((1, STATE_WIDTH), dtype=torch.float64)
 
     def read(self) -> Tensor:
-        return self.rule.reuse
+        return torch.tensor([not self.rule.computes(self.steps)])
 
     def advance(self, x: Tensor, result: ops.SolverStep, sigma: float, sigma_next: float, complete: bool) -> None:
         super().advance(x, result, sigma, sigma_next, complete)
-        if complete:
-            self.rule.update(x, result.x_next, sigma, sigma_next)
+        self.steps += complete
 
 
 class _OfDevice(_Decisions):

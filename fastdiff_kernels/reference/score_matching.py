@@ -54,21 +54,6 @@ def lcss_loss_seeded(
     return lcss_loss_stored(score, noise, mirrored, sigma, gamma, weight)
 
 
-def lcss_loss(
-    score: Tensor,
-    noise: int | Tensor,
-    sigma: float | Tensor,
-    gamma: float | Tensor = 1.0,
-    weight: float | Tensor = 1.0,
-    offset: int = 0,
-    mirrored: Tensor | None = None,
-) -> Tensor:
-    """lcss_loss_stored or lcss_loss_seeded, as noise is a tensor of score's shape or a seed."""
-    if isinstance(noise, Tensor) and noise.dim() > 0:
-        return lcss_loss_stored(score, noise, mirrored, sigma, gamma, weight)
-    return lcss_loss_seeded(score, noise, mirrored, sigma, gamma, weight, offset)
-
-
 def denoising_loss(denoised: Tensor, clean: Tensor, weight: float | Tensor = 1.0) -> Tensor:
     """weight * |denoised - clean|^2 for each sample."""
     dtype = compute_dtype(denoised)
