@@ -4,8 +4,8 @@ On a GPU an eager call is timed on each backend that has a kernel for it. A comp
 definition for the compiler to fuse. What stands around these ops in a block are matrix products and convolutions, with which neither form
 is fused. On a CPU it is the process's time that counts, on one thread, so that other processes disturb less.
 
-A backend is chosen by its time for forward and backward together, over all sizes measured, or apart on two sides of one number of rows or
-one width, where that saves time.
+A backend is chosen by its time for forward and backward together, and for compiled calls without gradients by that of forward alone; over
+all sizes measured, or apart on two sides of one number of rows or one width, where that saves time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import device_name
-from benchmarks.timing import LEAST_SAMPLES, Times, interleave
+from benchmarks.timing import LEAST_SAMPLES, Times, interleave, keep_freed_memory
 from fastdiff_kernels import _choices, backend
 from fastdiff_kernels._registry import OPS
-from fastdiff_kernels.nn._policy import apply
+from fastdiff_kernels.nn import axial_rope
+from fastdiff_kernels.nn._policy import apply, form
 
 POINTS = Path(__file__).parents[1] / "out" / "tune" / "points.jsonl"
 
@@ -54,9 +55,19 @@ def modulated(op: str, shape: tuple[int, int, int], activations: int, modulation
     return Call(op, tensors, {})
 
 
-def packed(op: str, shape: tuple[int, int, int, int], parts: int, **options: Any) -> Call:
+def packed(op: str, shape: tuple[int, int, int, int], parts: int) -> Call:
     batch, tokens, heads, width = shape
-    return Call(op, lambda: list(torch.randn(batch, tokens, 3, heads, width).unbind(2)[:parts]), options)
+    return Call(op, lambda: list(torch.randn(batch, tokens, 3, heads, width).unbind(2)[:parts]), {})
+
+
+def normalised(shape: tuple[int, int, int, int], rope: str | None = None) -> Call:
+    """Queries and keys with the weights of their norm; angles are options, since no block wants their gradients."""
+    plain = packed("qk_norm_rope", shape, 2)
+    options: dict[str, Any] = {"norm": "rms"}
+    if rope is not None:
+        side = math.isqrt(shape[1])
+        options |= {**dict(zip(("cos", "sin"), axial_rope(side, side, shape[3]), strict=True)), "rope": rope}
+    return Call(plain.op, lambda: [*plain.tensors(), torch.ones(shape[3]), torch.ones(shape[3])], options)
 
 
 def at_once(op: str, shape: tuple[int, ...]) -> Call:
@@ -90,7 +101,8 @@ CALLS = [
     *(rms_modulated(shape) for shape in TOKENS),
     *(modulated("gate_residual", shape, 2, 1) for shape in TOKENS),
     *(modulated("gate_residual_norm_modulate", shape, 2, 3) for shape in TOKENS),
-    *(packed("qk_norm_rope", shape, 2, norm="rms") for shape in HEADS[:3]),
+    *(normalised(shape) for shape in HEADS[:3]),
+    *(normalised(shape, rope) for shape in HEADS[:3] for rope in ("interleaved", "half")),
     *(at_once("pixel_norm", (shape[0], shape[1], 3 * shape[2], shape[3])) for shape in HEADS[2:4]),
     *(packed("attention", shape, 3) for shape in HEADS),
     *(at_once("attention_packed", (shape[0], shape[1], 3, *shape[2:])) for shape in HEADS),
@@ -110,10 +122,15 @@ class Point:
     forward: dict[str, float]
     both: dict[str, float]
 
+    @property
+    def decisive(self) -> dict[str, float]:
+        return self.forward if self.mode == "compiled_inference" else self.both
+
 
 def measure(call: Call, mode: str, device: str, seconds: float) -> Point:
     """Times one call in one mode, "eager" or "compiled", by every backend that runs it."""
     torch._dynamo.reset()
+    call = replace(call, options={name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.options.items()})
     # What a GPU computes networks in.
     tensors = [t.to(device, torch.bfloat16 if device == "cuda" else None) for t in call.tensors()]
     first, *rest = tensors
@@ -125,7 +142,7 @@ def measure(call: Call, mode: str, device: str, seconds: float) -> Point:
         taken = interleave(runs, seconds, device) if device == "cuda" else by_process_time(runs, seconds)
         times.append({name: t.median for name, t in taken.items()})
     rows, width = OPS[call.op].size(*args)  # type: ignore[misc]
-    return Point(call.op, mode, rows, width, *times)
+    return Point(form(call.op, *args, **call.options) if mode == "compiled" else call.op, mode, rows, width, *times)
 
 
 def _compiled(call: Call) -> dict[str, Callable]:
@@ -175,13 +192,13 @@ def _splits(points: list[Point]) -> Iterator[tuple[float, list[tuple[list[Point]
 
 
 def _loss(points: list[Point]) -> float:
-    return sum(math.log(p.both[_best(points)]) for p in points)
+    return sum(math.log(p.decisive[_best(points)]) for p in points)
 
 
 def _best(points: list[Point]) -> str:
     """The backend that takes the least time over all points, of those that run them all."""
-    common = set.intersection(*({*p.both} for p in points))
-    return min(sorted(common), key=lambda name: sum(math.log(p.both[name]) for p in points))
+    common = set.intersection(*({*p.decisive} for p in points))
+    return min(sorted(common), key=lambda name: sum(math.log(p.decisive[name]) for p in points))
 
 
 def _row(points: list[Point], low: str, high: str, dimension: str, device: str, where: str) -> dict[str, str]:
@@ -212,7 +229,7 @@ def update(path: Path, deadline: float, points: Path = POINTS, seconds: float = 
     """
     gpu = torch.cuda.is_available()
     device, name = ("cuda", _choices.device_names(torch.device("cuda", 0))[0]) if gpu else ("cpu", "cpu")
-    where = f"{device_name(device)}; torch {torch.__version__}" + ("" if gpu else "; one thread")
+    where = f"{device_name(device)}; torch {torch.__version__}" + ("" if gpu else "; one thread, freed memory kept")
     todo = [(call, mode) for mode in (("eager", "compiled") if gpu else ("compiled",)) for call in (CALLS if calls is None else calls)]
     done = [Point(**json.loads(line)) for line in points.read_text().splitlines()] if points.exists() else []
     threads = torch.get_num_threads()
@@ -232,7 +249,8 @@ def update(path: Path, deadline: float, points: Path = POINTS, seconds: float = 
         torch.set_num_threads(threads)
     families: dict[tuple[str, str], list[Point]] = {}
     for point in done:
-        families.setdefault((point.op, point.mode), []).append(point)
+        for mode in (point.mode, "compiled_inference") if point.mode == "compiled" else (point.mode,):
+            families.setdefault((point.op, mode), []).append(replace(point, mode=mode))
     rows = [row for family in families.values() for row in choices(family, name, where)]
     with path.open(newline="") as file:
         table = list(csv.DictReader(file))
@@ -246,6 +264,7 @@ def update(path: Path, deadline: float, points: Path = POINTS, seconds: float = 
 
 
 def by_process_time(runs: dict[str, Callable], seconds: float) -> dict[str, Times]:
+    keep_freed_memory()
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()

@@ -1,8 +1,9 @@
 """Which backend runs a call: the rows of `choices.csv`, of which the first that fits decides.
 
-Columns: the op; the device ("cpu", "cuda", or a capability such as "sm_90"); the mode ("eager", or "compiled" for calls that torch.compile
-traces); the sizes it holds for, both ends included and an empty end open, in the rows and width that the op's `size` counts; the backend
-("inductor": under torch.compile the op's definition, for the compiler to fuse); and where the choice was measured.
+Columns: the op, with a compiled call's rotation behind "qk_norm_rope" if it has one; the device ("cpu", "cuda", or a capability such as
+"sm_90"); the mode ("eager", or of calls that torch.compile traces "compiled" with gradients recorded, "compiled_inference" without); the
+sizes it holds for, both ends included and an empty end open, in the rows and width that the op's `size` counts; the backend ("inductor":
+under torch.compile the op's definition, for the compiler to fuse); and where the choice was measured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from importlib.resources import files
 
 import torch
 
-MODES = ("eager", "compiled")
+MODES = ("eager", "compiled", "compiled_inference")
 
 
 @dataclass(frozen=True)

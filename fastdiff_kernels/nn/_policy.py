@@ -29,30 +29,41 @@ def apply(policy: str, name: str, *args: Any, **kwargs: Any) -> Any:
 
     Args:
         policy: under torch.compile, "always" calls the op, "never" the definition, and "auto" what `choices.csv` found the faster for this
-            op, device and size (the op where the table has no row).
+            op, its `form`, device and size, with gradients recorded or not (the op where the table has no row).
         name: of a function in `fastdiff_kernels.ops`; its first argument is a tensor.
     """
-    if torch.compiler.is_compiling() and (policy == "never" or (policy == "auto" and _left_to_the_compiler(name, args))):
+    if torch.compiler.is_compiling() and (policy == "never" or (policy == "auto" and _left_to_the_compiler(name, args, kwargs))):
         return _DEFINITIONS[name](*args, **kwargs)
     return getattr(ops, name)(*args, **kwargs)
 
 
-def _left_to_the_compiler(name: str, args: tuple[Any, ...]) -> bool:
+def form(name: str, *args: Any, **kwargs: Any) -> str:
+    """What `choices.csv` calls compiled calls like ops.<name>(*args, **kwargs): how well a rotation is compiled depends on its pairs."""
+    return f"{name}{_rotation(*args, **kwargs)}" if name == "qk_norm_rope" else name
+
+
+def _rotation(q: Tensor, k: Tensor, q_weight: Any = None, k_weight: Any = None, cos: Any = None, sin: Any = None, **options: Any) -> str:
+    return "" if cos is None else f" {options.get('rope', 'interleaved')}"
+
+
+def _left_to_the_compiler(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     size = OPS[name].size
     if size is None:
         return False
     rows, width = size(*args)
-    for (low, high), (narrow, wide), backend in _rows(name, args[0].device):
+    # A constant of the graph, which torch.compile traces again for the other.
+    mode = "compiled" if torch.is_grad_enabled() else "compiled_inference"
+    for (low, high), (narrow, wide), backend in _rows(form(name, *args, **kwargs), args[0].device, mode):
         if low <= rows <= high and narrow <= width <= wide:
             return backend == "inductor"
     return False
 
 
 @torch.compiler.assume_constant_result
-def _rows(name: str, device: torch.device) -> tuple[tuple[tuple[float, float], tuple[float, float], str], ...]:
-    """What the table says of compiled calls of one op on one device."""
+def _rows(called: str, device: torch.device, mode: str) -> tuple[tuple[tuple[float, float], tuple[float, float], str], ...]:
+    """What the table says of calls of one form on one device in one mode."""
     devices = _choices.device_names(device)
-    chosen = (c for c in _choices.table() if c.op == name and c.device in devices and c.mode == "compiled")
+    chosen = (c for c in _choices.table() if c.op == called and c.device in devices and c.mode == mode)
     return tuple((c.rows, c.width, c.backend) for c in chosen)
 
 

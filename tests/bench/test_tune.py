@@ -205,6 +205,19 @@ def test_a_backend_that_refuses_some_sizes_is_chosen_for_none_of_their_side():
     assert (narrow["backend"], wide["backend"]) == ("sdpa", "triton")
 
 
+def test_calls_without_gradients_are_chosen_by_forward_alone():
+    times = {"fastdiff": 1.0, "inductor": 0.8}, {"fastdiff": 2.0, "inductor": 3.0}
+    for mode, best in (("compiled", "fastdiff"), ("compiled_inference", "inductor")):
+        (row,) = choose.choices([choose.Point("pixel_norm", mode, 256, 64, *times)], "cpu", "here")
+        assert (row["mode"], row["backend"]) == (mode, best)
+
+
+@pytest.mark.parametrize("rope", [None, "interleaved", "half"])
+def test_a_rotated_norm_is_measured_by_itself(rope):
+    found = choose.measure(choose.normalised((1, 4, 2, 8), rope), "compiled", "cpu", 0.01)
+    assert found.op == ("qk_norm_rope" if rope is None else f"qk_norm_rope {rope}")
+
+
 def test_rows_of_others_stay(tmp_path, monkeypatch):
     """In pieces: what was measured is not measured again, and the table is written when all is."""
     measured = []
@@ -231,11 +244,11 @@ def test_rows_of_others_stay(tmp_path, monkeypatch):
     assert not points.exists()
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    (new,) = [row for row in rows if row["op"] == "attention" and row["device"] == "cpu"]
-    assert (new["mode"], new["backend"]) == ("compiled", "inductor")
+    new = [row for row in rows if row["op"] == "attention" and row["device"] == "cpu"]
+    assert [(row["mode"], row["backend"]) for row in new] == [("compiled", "inductor"), ("compiled_inference", "inductor")]
     others = [line for line in original.splitlines() if not line.startswith("attention,cpu,compiled")]
     assert [line for line in table.read_text().splitlines() if not line.startswith("attention,cpu,compiled")] == others
-    assert rows[0] == new
+    assert rows[:2] == new
 
 
 def test_a_compiled_call_is_timed_with_the_op_and_with_its_definition():
@@ -251,4 +264,4 @@ def test_an_eager_call_is_timed_on_the_backends_that_run_it(monkeypatch):
     call = choose.modulated("gate_residual", (1, 8, 16), 2, 1)
     if not torch.cuda.is_available():
         assert choose._eager(call, call.tensors()) == {}
-    assert {"eager", "compiled"} == set(_choices.MODES)
+    assert {"eager", "compiled", "compiled_inference"} == set(_choices.MODES)

@@ -39,11 +39,12 @@ def table(monkeypatch):
     return fill
 
 
-def test_the_table_has_a_row_for_every_op_that_blocks_call_on_a_cpu():
+@pytest.mark.parametrize("mode", ["compiled", "compiled_inference"])
+def test_the_table_has_a_row_for_every_op_that_blocks_call_on_a_cpu(mode):
     called = set().union(*(ops_seen(CASES[name].make(policy="always"), *CASES[name].inputs()) for name in CASES))
-    measured = {choice.op for choice in _choices.table() if (choice.device, choice.mode) == ("cpu", "compiled")}
+    measured = {choice.op for choice in _choices.table() if (choice.device, choice.mode) == ("cpu", mode)}
     assert called
-    assert called <= measured
+    assert called | {"qk_norm_rope interleaved"} <= measured
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -65,6 +66,34 @@ def test_auto_asks_the_table(table):
     table(row("layer_norm_modulate", "inductor"), row("attention_packed", "fastdiff"))
     seen = ops_seen(CASES["dit"].make(policy="auto"), *CASES["dit"].inputs())
     assert seen == {"attention_packed", "gate_residual", "gate_residual_norm_modulate"}
+
+
+@pytest.mark.parametrize("left", ["qk_norm_rope", "qk_norm_rope interleaved"])
+def test_a_rotated_norm_has_rows_of_its_own(table, left):
+    table(row(left, "inductor"))
+    block, (x, condition, rope) = CASES["dit_rms_rope"].make(), CASES["dit_rms_rope"].inputs()
+    assert ("qk_norm_rope" in ops_seen(block, x, condition)) == (left != "qk_norm_rope")
+    assert ("qk_norm_rope" in ops_seen(block, x, condition, rope)) == (left == "qk_norm_rope")
+
+
+def test_the_form_of_a_call_is_seen_however_its_angles_are_given():
+    x, angles = torch.ones(1, 1, 1, 2), torch.ones(1, 1)
+    by_position, by_name = (None, None, angles, angles), {"cos": angles, "sin": angles}
+    assert _policy.form("qk_norm_rope", x, x, *by_position, norm="rms") == "qk_norm_rope interleaved"
+    assert _policy.form("qk_norm_rope", x, x, **by_name, rope="half") == "qk_norm_rope half"
+    assert _policy.form("qk_norm_rope", x, x, None, None, None, None, rope="half") == "qk_norm_rope"
+    assert _policy.form("pixel_norm", x) == "pixel_norm"
+
+
+def test_graphs_without_gradients_have_rows_of_their_own(table):
+    table(row("layer_norm_modulate", "inductor", mode="compiled_inference"), row("gate_residual", "inductor"))
+    block, inputs = CASES["dit"].make(), CASES["dit"].inputs()
+    trained = ops_seen(block, *inputs)
+    assert ("layer_norm_modulate" in trained, "gate_residual" in trained) == (True, False)
+    for without_gradients in (torch.no_grad(), torch.inference_mode()):
+        with without_gradients:
+            inferred = ops_seen(block, *inputs)
+        assert ("layer_norm_modulate" in inferred, "gate_residual" in inferred) == (False, True)
 
 
 @pytest.mark.parametrize(
