@@ -8,15 +8,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .._dispatch import bind
 from ..reference.skipping import STATE_WIDTH
-from ._checks import check_choice, check_count, check_device, check_like, check_positive, check_tensor
+from ._checks import check_choice, check_count, check_device, check_like, check_tensor
 
 _third_order_skip = bind("third_order_skip")
 _third_order_difference = bind("third_order_difference")
 _solver_step = bind("solver_step")
+
+# The scalars of a solver step, in the order in which they are checked.
+_NUMBERS = ("sigma", "sigma_next", "guidance", "at", "reuse_at", "previous_weight", *(f"scales[{i}]" for i in range(4)), "threshold")
+_NUMBER_TYPES = frozenset((int, float))
 
 
 def third_order_skip(d0: Tensor, d1: Tensor, d2: Tensor, threshold: float | Tensor) -> Tensor:
@@ -138,7 +141,7 @@ def solver_step(
             with a single one so far (by its state) reuses that as it is.
         at: where on the solver's axis e was computed, stored with keep_noise; sigma unless given. reuse_at: where a reused one is wanted;
             `at` unless given.
-        previous: like x: D of the last step. point: like x. Not both.
+        previous: like x: D of the last step; previous_weight must be left at 0 without it. point: like x. Not both.
         state: float64 [1, 9] or [B, 9], zeros before the first step. Columns: completed steps, reuses in a row, 1 where the next step
             reuses, noise predictions stored (0 to 2), `at` of the newest and of the older, and the last three d, the newest last.
         mode: "official", "tensor", or "none", which takes no decision and counts no step.
@@ -157,36 +160,52 @@ def solver_step(
     """
     op = "solver_step"
     check_tensor(op, "x", x)
-    check_positive(op, "sigma", sigma)
-    if not 0 <= sigma_next < math.inf:
+    at = sigma if at is None else at
+    try:
+        levels = (sigma, sigma_next, guidance, at, at if reuse_at is None else reuse_at, previous_weight, *scales)
+    except TypeError:
+        raise TypeError(f"{op}: scales must be 4 numbers; got {type(scales).__name__}") from None
+    if len(levels) != 10:
+        raise ValueError(f"{op}: scales must be 4 numbers; got {len(levels) - 6}")
+    _check_numbers(op, (*levels, threshold))
+    if sigma <= 0:
+        raise ValueError(f"{op}: sigma must be finite and greater than 0; got {sigma}")
+    if sigma_next < 0:
         raise ValueError(f"{op}: sigma_next must be finite and at least 0; got {sigma_next}")
-    older1, older0 = (None, None) if before is None else before
+    older1, older0 = (None, None) if before is None else _check_before(op, before)
     _check_predictions(op, x, denoised, uncond, guidance, rows, newest, older)
     if not (previous is point is older1 is older0 is None):
         _check_alike(op, x, (("previous", previous), ("point", point), ("before[0]", older1), ("before[1]", older0)))
     if point is not None and (previous is not None or denoised is None or sigma_next == 0):
         raise ValueError(f"{op}: point needs denoised and sigma_next > 0, and excludes previous")
-    _check_rule(op, x, state, mode, threshold, max_skip, scales)
+    if previous is None and previous_weight != 0:
+        raise ValueError(f"{op}: previous_weight needs previous, which is None; got previous_weight = {previous_weight}")
+    _check_rule(op, x, state, mode, threshold, max_skip)
+    if type(keep_noise) is not bool or type(keep_denoised) is not bool:
+        name, keep = ("keep_denoised", keep_denoised) if type(keep_noise) is bool else ("keep_noise", keep_noise)
+        raise TypeError(f"{op}: {name} must be a bool; got {type(keep).__name__}")
     if keep_noise and denoised is None:
         raise ValueError(f"{op}: keep_noise needs denoised, which is None; a reused prediction is not a new one")
-    at = sigma if at is None else at
     tensors = (x, denoised, uncond, rows, newest, older, previous, point, older1, older0, state)
-    levels = (sigma, sigma_next, guidance, at, at if reuse_at is None else reuse_at, previous_weight, *scales)
-    rule = (mode, threshold, max_skip, keep_noise, keep_denoised)
-    if _may_differentiate(tensors):
-        return SolverStep(*_solver_step(*tensors, *levels, *rule))
-    # The key that refuses derivatives costs more than a small step does.
-    with torch._C._AutoDispatchBelowAutograd():
-        return SolverStep(*_solver_step(*tensors, *levels, *rule))
+    return SolverStep(*_solver_step(*tensors, *levels, mode, threshold, max_skip, keep_noise, keep_denoised))
 
 
-def _may_differentiate(tensors: Sequence[Tensor | None]) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+def _check_numbers(op: str, numbers: Sequence[float]) -> None:
+    # All at once costs a fifth of a look at each: no term of a finite sum is anything else. A compiler cannot trace math.isfinite.
+    if _NUMBER_TYPES.issuperset(map(type, numbers)) and -math.inf < sum(numbers) < math.inf:
+        return
+    for name, value in zip(_NUMBERS, numbers, strict=True):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{op}: {name} must be a number; got {type(value).__name__}")
+        if not -math.inf < value < math.inf:
+            raise ValueError(f"{op}: {name} must be finite; got {value}")
+
+
+def _check_before(op: str, before: Sequence[Tensor]) -> Sequence[Tensor]:
+    if not isinstance(before, (tuple, list)) or len(before) != 2 or before[0] is None or before[1] is None:
+        came = [type(x).__name__ for x in before] if isinstance(before, (tuple, list)) else type(before).__name__
+        raise TypeError(f"{op}: before must be two tensors; got {came}")
+    return before
 
 
 def _check_predictions(
@@ -210,8 +229,6 @@ def _check_predictions(
         check_like(op, "uncond", uncond, "denoised", denoised)
     elif guidance != 1:
         raise ValueError(f"{op}: guidance needs uncond, which is None; got guidance = {guidance}")
-    if not math.isfinite(guidance):
-        raise ValueError(f"{op}: guidance must be finite; got {guidance}")
     _check_alike(op, x, (("denoised", denoised if rows is None else None), ("newest", newest), ("older", older)))
     if older is not None and newest is None:
         raise ValueError(f"{op}: older needs newest, which is None")
@@ -232,6 +249,8 @@ def _check_rows(op: str, x: Tensor, denoised: Tensor, rows: Tensor, newest: Tens
     if denoised.dtype != x.dtype:
         raise TypeError(f"{op}: denoised must have the dtype of x, {x.dtype}; got {denoised.dtype}")
     check_device(op, "denoised", denoised, "x", x)
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{op}: rows must be a tensor; got {type(rows).__name__}")
     if rows.dtype != torch.int64 or rows.shape != x.shape[:1]:
         raise ValueError(f"{op}: rows must be int64 of shape ({x.shape[0]},); got {rows.dtype}, {tuple(rows.shape)}")
     check_device(op, "rows", rows, "x", x)
@@ -242,19 +261,19 @@ def _check_rows(op: str, x: Tensor, denoised: Tensor, rows: Tensor, newest: Tens
         raise ValueError(f"{op}: rows must be below the {denoised.shape[0]} rows of denoised; got {int(rows.max())}")
 
 
-def _check_rule(op: str, x: Tensor, state: Tensor | None, mode: str, threshold: float, max_skip: int, scales: Sequence[float]) -> None:
+def _check_rule(op: str, x: Tensor, state: Tensor | None, mode: str, threshold: float, max_skip: int) -> None:
     check_choice(op, "mode", mode, ("official", "tensor", "none"))
     _check_threshold(op, threshold)
     check_count(op, "max_skip", max_skip, 1)
-    if len(scales) != 4:
-        raise ValueError(f"{op}: scales must be 4 numbers; got {len(scales)}")
     if state is None:
         if mode != "none":
             raise ValueError(f"{op}: mode {mode!r} needs state, which is None")
         return
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{op}: state must be a tensor; got {type(state).__name__}")
     if state.dtype != torch.float64:
         raise TypeError(f"{op}: state must be float64; got {state.dtype}")
-    if state.dim() != 2 or state.shape[0] not in (1, x.shape[0]) or state.shape[1] != STATE_WIDTH:
+    if tuple(state.shape) not in ((1, STATE_WIDTH), (x.shape[0], STATE_WIDTH)):
         raise ValueError(f"{op}: state must have shape (1, {STATE_WIDTH}) or ({x.shape[0]}, {STATE_WIDTH}); got {tuple(state.shape)}")
     check_device(op, "state", state, "x", x)
 

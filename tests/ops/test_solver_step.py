@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -205,17 +206,19 @@ def test_empty_batches(decisions):
     assert not step.state[:, REUSE].any()
 
 
-def test_compiles_into_one_graph():
+def test_compiles_into_one_graph_also_with_levels_that_change():
     x, denoised = (t.float() for t in tensors(2, 2, 9))
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def step(x, denoised, state):
-        return tuple(ops.solver_step(x, 2.0, 1.0, denoised=denoised, state=state, mode="official", keep_noise=True))
+    def step(x, denoised, state, sigma, guidance):
+        return tuple(
+            ops.solver_step(
+                x, sigma, 1.0, denoised=denoised, uncond=x, guidance=guidance, at=-sigma, state=state, mode="official", keep_noise=True
+            )
+        )
 
-    assert_bitwise(
-        step(x, denoised, fresh(1)),
-        tuple(ops.solver_step(x, 2.0, 1.0, denoised=denoised, state=fresh(1), mode="official", keep_noise=True)),
-    )
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sigma in (2.0, 3.0, 4.0):
+        assert_bitwise(compiled(x, denoised, fresh(1), sigma, 2 * sigma), step(x, denoised, fresh(1), sigma, 2 * sigma))
 
 
 ONES = torch.ones(2, 3)
@@ -252,6 +255,33 @@ ROWS = torch.tensor([0, -1])
         ({"max_skip": 0}, ValueError, "max_skip must be at least 1; got 0"),
         ({"scales": (1.0, 1.0)}, ValueError, "scales must be 4 numbers; got 2"),
         ({"before": (ONES, torch.ones(2))}, ValueError, r"before\[1\] must have the shape of x"),
+        ({"before": (ONES,)}, TypeError, r"before must be two tensors; got \['Tensor'\]"),
+        ({"before": (ONES, None)}, TypeError, r"before must be two tensors; got \['Tensor', 'NoneType'\]"),
+        ({"before": ONES}, TypeError, "before must be two tensors; got Tensor"),
+        ({"sigma": "1"}, TypeError, "sigma must be a number; got str"),
+        ({"sigma": math.nan}, ValueError, "sigma must be finite; got nan"),
+        ({"sigma_next": "1"}, TypeError, "sigma_next must be a number; got str"),
+        ({"sigma_next": torch.tensor(0.5)}, TypeError, "sigma_next must be a number; got Tensor"),
+        ({"sigma_next": math.inf}, ValueError, "sigma_next must be finite; got inf"),
+        ({"guidance": "2"}, TypeError, "guidance must be a number; got str"),
+        ({"guidance": True}, TypeError, "guidance must be a number; got bool"),
+        ({"at": torch.ones(())}, TypeError, "at must be a number; got Tensor"),
+        ({"at": math.nan}, ValueError, "at must be finite; got nan"),
+        ({"reuse_at": math.inf}, ValueError, "reuse_at must be finite; got inf"),
+        ({"previous": ONES, "previous_weight": "1"}, TypeError, "previous_weight must be a number; got str"),
+        ({"previous": ONES, "previous_weight": math.nan}, ValueError, "previous_weight must be finite; got nan"),
+        ({"previous_weight": 0.5}, ValueError, "previous_weight needs previous, which is None; got previous_weight = 0.5"),
+        ({"scales": 5}, TypeError, "scales must be 4 numbers; got int"),
+        ({"scales": "1111"}, TypeError, r"scales\[0\] must be a number; got str"),
+        ({"scales": (1.0, 1.0, 1.0, -math.inf)}, ValueError, r"scales\[3\] must be finite; got -inf"),
+        ({"threshold": "a"}, TypeError, "threshold must be a number; got str"),
+        ({"threshold": torch.tensor(0.1)}, TypeError, "threshold must be a number; got Tensor"),
+        ({"threshold": math.nan}, ValueError, "threshold must be finite; got nan"),
+        ({"max_skip": 2.0}, TypeError, "max_skip must be an int; got float"),
+        ({"keep_noise": 1}, TypeError, "keep_noise must be a bool; got int"),
+        ({"keep_denoised": "no"}, TypeError, "keep_denoised must be a bool; got str"),
+        ({"rows": [0, 1], "newest": ONES}, TypeError, "rows must be a tensor; got list"),
+        ({"state": [0.0] * 9}, TypeError, "state must be a tensor; got list"),
         ({"x": torch.ones(2, 3, requires_grad=True)}, ValueError, "x must not require grad"),
     ],
 )
@@ -259,6 +289,13 @@ def test_errors_name_the_argument(change, error, text):
     arguments = {"x": ONES, "sigma": 1.0, "sigma_next": 0.5, "denoised": ONES, **change}
     with pytest.raises(error, match=f"solver_step: {text}"):
         ops.solver_step(arguments.pop("x"), arguments.pop("sigma"), arguments.pop("sigma_next"), **arguments)
+
+
+def test_numbers_may_be_ints_or_numpys_and_as_large_as_floats_are():
+    x, denoised = (t.float() for t in tensors(2, 2, 9))
+    expected = ops.solver_step(x, 2.0, 1.0, denoised=denoised).x_next
+    assert_bitwise(ops.solver_step(x, np.float64(2), 1, denoised=denoised).x_next, expected)
+    assert_bitwise(ops.solver_step(x, 2.0, 1.0, denoised=denoised, at=1.7e308, reuse_at=1.7e308).x_next, expected)
 
 
 @pytest.mark.gpu
