@@ -51,8 +51,11 @@ def _loaded() -> list[str]:
     reason = _loader.load()
     if reason is not None:
         return [f"! loaded: no. {reason}"]
-    limit = os.environ.get("FASTDIFF_ISA")
-    return [f"loaded: {_loader.LIBRARY.name}" + (f", instruction set limited by FASTDIFF_ISA={limit}" if limit else "")]
+    instruction_set, limit = _loader.instruction_set(), os.environ.get("FASTDIFF_ISA")
+    if instruction_set is None:
+        return [f"! loaded: {_loader.LIBRARY.name}, which is older than this package: {_loader.REBUILD}"]
+    limited = "" if limit is None else f" (FASTDIFF_ISA={limit})"
+    return [f"loaded: {_loader.LIBRARY.name}, CPU kernels for {instruction_set}{limited}"]
 
 
 def _gpu() -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastdiff_kernels
+from fastdiff_kernels import _loader, doctor
 
 PACKAGE = Path(fastdiff_kernels.__file__).parent
 ROOT = PACKAGE.parent
@@ -131,12 +132,11 @@ def test_a_library_that_does_not_load_is_explained(uncompiled: Path):
 
 
 def test_doctor_names_what_was_built_and_what_runs():
-    from fastdiff_kernels import doctor
-
     text = doctor.report()
     assert f"fastdiff-kernels {fastdiff_kernels.__version__}" in text
     assert "loaded: _native.so" in text
     assert "built for CPU: baseline" in text
+    assert _loader.build_report()["torch_target"] == "2.11"
     assert "for torch >= 2.11" in text
 
 
@@ -154,3 +154,24 @@ for a, e in zip(results, expected):
 """
     done = run_python(code, ROOT, FASTDIFF_ISA=isa)
     assert done.returncode == 0, done.stderr
+
+
+def test_doctor_names_the_instruction_set_that_runs():
+    """The one asked for, or the best that the machine has below it."""
+    best = _loader.instruction_set()
+    for limit in _loader.INSTRUCTION_SETS:
+        runs = min(limit, best, key=_loader.INSTRUCTION_SETS.index)
+        done = run_python("from fastdiff_kernels import doctor; print(doctor.report())", ROOT, FASTDIFF_ISA=limit)
+        assert f"loaded: _native.so, CPU kernels for {runs} (FASTDIFF_ISA={limit})" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "avx9", ""])
+def test_an_instruction_set_that_is_none_is_refused(isa: str):
+    done = run_python("import fastdiff_kernels", ROOT, FASTDIFF_ISA=isa)
+    assert done.returncode != 0
+    assert f"ValueError: FASTDIFF_ISA must be one of 'baseline', 'avx2', 'avx512', or not be set; got {isa!r}" in done.stderr
+
+
+def test_doctor_tells_an_older_library(monkeypatch):
+    monkeypatch.setattr(_loader, "instruction_set", lambda: None)
+    assert "! loaded: _native.so, which is older than this package: pip install" in doctor.report()

@@ -15,8 +15,11 @@ def test_doctor_tells_a_library_of_another_python_from_none(monkeypatch, capsys,
     cli.main(["doctor"])
     assert "! built: for another Python" in capsys.readouterr().out
     monkeypatch.setattr(_loader, "LIBRARY", tmp_path / "_native.so")
+    monkeypatch.setattr(_loader, "load", _loader.load.__wrapped__)
     cli.main(["doctor"])
-    assert "! built: nothing was compiled" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "! built: nothing was compiled" in told
+    assert "! loaded: no. the compiled library is missing" in told
 
 
 @pytest.fixture
