@@ -30,7 +30,7 @@ def _built() -> list[str]:
     build = _loader.build_report()
     if not build and _loader.LIBRARY.exists():
         python = ".".join(platform.python_version_tuple()[:2])
-        missing = f"_host, with the build report and the float64 schedule solver, is missing for {python}"
+        missing = f"_host, with the build report, is missing for {python}"
         return [f"! built: for another Python: {_loader.LIBRARY.name} serves every one, but {missing}. {_loader.REBUILD}"]
     if not build:
         return ["! built: nothing was compiled. Install a C++ compiler, then: " + _loader.REBUILD]
