@@ -31,8 +31,8 @@ class ScoreTrainer(Recipe[Tensor]):
       sigma = sqrt(sigma_t^2 + sigma'^2). sigma' / sigma_t is `local_ratio`; the variance of the target grows as 1 + 1 / local_ratio^2.
     * reading "B": the centre is x0 and sigma' = sigma. With gamma = 1 its gradient is that of "dsm", sample by sample.
 
-    Which reading the paper's experiments follow, and whether its coefficient gamma multiplies the first term, as here, or the second, has not
-    been confirmed; at gamma = 1 the second question does not arise. "A" is the default because it is what LCSS has beside denoising.
+    Which reading the paper's experiments follow, and whether its coefficient gamma multiplies the first term, as here, or the second, has
+    not been confirmed; at gamma = 1 the second question does not arise. "A" is the default because it is what LCSS has beside denoising.
 
     The noise xi is never stored: the ops draw it again from a seed. Losses are reported per element; that of "lcss" is negative.
 
