@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._checks import check_choice, check_count
+from .._checks import check_choice, check_count, check_number
 
 Score = Callable[[Tensor], Tensor]
 
@@ -76,7 +76,7 @@ def finite_difference_score_matching(
         radius: r > 0, a number or [B], well below the scale on which the score bends.
         generator: of the directions.
     """
-    size, elements = _column(radius, x), max(x[0].numel(), 1) if x.shape[0] else 1
+    size, elements = _column(radius, "radius", x), max(x[0].numel(), 1) if x.shape[0] else 1
     v = _directions(x, "sphere", generator) * (size / elements**0.5)
     plus, minus = score(torch.cat((x + v, x - v))).chunk(2)
     trace = elements * _dot(v / size.square(), plus - minus) / 2
@@ -92,7 +92,7 @@ def denoising_score_matching(score: Score, x: Tensor, sigma: float | Tensor, *, 
         sigma: noise level > 0, a number or [B].
         generator: of the noise z.
     """
-    z, level = _normals(x, generator), _column(sigma, x)
+    z, level = _normals(x, generator), _column(sigma, "sigma", x)
     return _half_square(score(x + level * z) + z / level)
 
 
@@ -134,14 +134,15 @@ def _half_square(value: Tensor) -> Tensor:
     return 0.5 * value.flatten(1).square().sum(1)
 
 
-def _column(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number or [B] that broadcasts against [B, ...]."""
-    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+def _column(value: float | Tensor, name: str, like: Tensor) -> Tensor:
+    """A number or [B], finite and above zero, that broadcasts against [B, ...]."""
+    if not isinstance(value, Tensor):
+        return torch.full((1,) * like.dim(), check_number(value, name, above=0.0), dtype=like.dtype, device=like.device)
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != like.shape[0]):
-        raise ValueError(f"expected a number or a tensor [{like.shape[0]}], got shape {list(value.shape)}")
-    if not bool((value > 0).all()):
-        raise ValueError(f"expected numbers greater than 0, got {float(value.min())}")
-    return value.reshape(-1, *[1] * (like.dim() - 1))
+        raise ValueError(f"{name} must be a number or a tensor [{like.shape[0]}], got shape {list(value.shape)}")
+    if not bool(((value > 0) & value.isfinite()).all()):
+        raise ValueError(f"{name} must be finite and > 0.0, got {value.tolist()}")
+    return value.to(like.device, like.dtype).reshape(-1, *[1] * (like.dim() - 1))
 
 
 def _normals(like: Tensor, generator: torch.Generator | None) -> Tensor:

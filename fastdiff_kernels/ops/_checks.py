@@ -121,18 +121,19 @@ def _check_range(op: str, name: str, value: float, above: float | None, at_least
         raise ValueError(f"{op}: {name} must be finite; got {value}")
 
 
-def check_seed(op: str, seed: int | Tensor, like: Tensor) -> Tensor:
-    """The seed as a 0-d int64 tensor: an int in the range of int64, or such a tensor on the CPU or like's device."""
+def check_seed(op: str, seed: int | Tensor, like: Tensor, name: str = "seed", otherwise: str = "") -> Tensor:
+    """The seed as a 0-d int64 tensor: an int in the range of int64, or such a tensor on the CPU or like's device. `otherwise` begins the
+    list of what the argument called `name` may be."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
-            raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor; got shape {tuple(seed.shape)}, {seed.dtype}")
+            raise TypeError(f"{op}: {name} must be {otherwise}an int or a 0-d int64 tensor; got shape {tuple(seed.shape)}, {seed.dtype}")
         if seed.device.type != "cpu":
-            check_device(op, "seed", seed, "the samples", like)
+            check_device(op, name, seed, "the samples", like)
         return seed
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor; got {type(seed).__name__}")
+        raise TypeError(f"{op}: {name} must be {otherwise}an int or a 0-d int64 tensor; got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{op}: seed must fit in 64 bits; got {seed}")
+        raise ValueError(f"{op}: {name} must fit in 64 bits; got {seed}")
     return torch.tensor(seed, dtype=torch.int64)
 
 

@@ -110,7 +110,8 @@ def lcss_loss(
             raise ValueError(f"{op}: offset belongs to a seed and must be 0 beside a noise tensor; got {offset}")
         return _lcss_loss(score, noise, mirrored, sigma, gamma, weight)
     check_noise_size(op, "score", score)
-    seed, offset = check_seed(op, noise, score), check_count(op, "offset", offset, 0)
+    seed = check_seed(op, noise, score, "noise", "a tensor like score, ")
+    offset = check_count(op, "offset", offset, 0)
     return _lcss_loss_seeded(score, seed, mirrored, sigma, gamma, weight, offset)
 
 

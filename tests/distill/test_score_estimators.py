@@ -159,8 +159,23 @@ def test_each_learns_the_score_of_an_anisotropic_gaussian(name):
     [
         (lambda s, x: estimators.sliced_score_matching(s, x, projections=0), ValueError, "projections must be at least 1, got 0"),
         (lambda s, x: estimators.sliced_score_matching(s, x, law="cube"), ValueError, "law must be one of 'gaussian', .* got 'cube'"),
-        (lambda s, x: estimators.finite_difference_score_matching(s, x, radius=0.0), ValueError, "greater than 0, got 0.0"),
-        (lambda s, x: estimators.denoising_score_matching(s, x, torch.ones(3)), ValueError, r"a number or a tensor \[2\], got shape \[3\]"),
+        (
+            lambda s, x: estimators.finite_difference_score_matching(s, x, radius=0.0),
+            ValueError,
+            "radius must be finite and > 0.0, got 0.0",
+        ),
+        (lambda s, x: estimators.finite_difference_score_matching(s, x, radius="1"), TypeError, "radius must be a number, got str"),
+        (lambda s, x: estimators.denoising_score_matching(s, x, math.inf), ValueError, "sigma must be finite and > 0.0, got inf"),
+        (
+            lambda s, x: estimators.denoising_score_matching(s, x, torch.ones(3)),
+            ValueError,
+            r"sigma must be .* tensor \[2\], got shape \[3\]",
+        ),
+        (
+            lambda s, x: estimators.denoising_score_matching(s, x, torch.tensor([1.0, math.nan])),
+            ValueError,
+            r"sigma must be .*, got \[1.0, nan\]",
+        ),
         (lambda s, x: estimators.local_curvature_smoothing(s, x, -1.0, 0), ValueError, "sigma must be finite and at least 0; got -1.0"),
     ],
 )
