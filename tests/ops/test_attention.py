@@ -18,6 +18,7 @@ from ..helpers import (
     assert_independent_of_threads,
     assert_within_eager,
 )
+from ..shapes import HEADS
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,9 +53,9 @@ def test_as_accurate_as_eager(rows, keys, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("width", [8, 32, 40, 64, 80, 96, 112, 128, 160, 192])
-def test_widths_of_networks(width, dtype):
-    assert_accurate(ops.attention, eager, operands(1, 65, 77, 2, width, requires_grad=True), dtype, factor=4.0)
+@pytest.mark.parametrize(("heads", "width"), HEADS.values(), ids=HEADS)
+def test_heads_of_networks(heads, width, dtype):
+    assert_accurate(ops.attention, eager, operands(1, 37, 41, heads, width, requires_grad=True), dtype, factor=4.0)
 
 
 @settings(max_examples=60, deadline=None)

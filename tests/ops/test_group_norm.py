@@ -19,6 +19,7 @@ from ..helpers import (
     assert_within_eager,
     outputs_of,
 )
+from ..shapes import MAPS
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -72,10 +73,11 @@ def test_as_accurate_as_eager(shape, groups, dtype):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("channels", [128, 192, 256, 320, 384, 576, 640, 960, 1280, 1920, 2560])
-def test_channels_of_networks(channels, dtype):
+@pytest.mark.parametrize(("channels", "groups"), MAPS.values(), ids=MAPS)
+def test_maps_of_networks(channels, groups, dtype):
+    args = operands((2, channels, 4, 3))
     # The largest of a few hundred errors depends on chance; their mean square is eager's.
-    assert_accurate(with_groups(ops.group_norm_silu, 32), with_groups(eager, 32), operands((2, channels, 4, 3)), dtype, factor=4.0)
+    assert_accurate(with_groups(ops.group_norm_silu, groups), with_groups(eager, groups), args, dtype, factor=4.0)
 
 
 @pytest.mark.parametrize("dtype", NARROW)

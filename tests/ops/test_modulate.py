@@ -21,6 +21,7 @@ from ..helpers import (
     assert_within_eager,
     outputs_of,
 )
+from ..shapes import CHANNELS
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-6
@@ -129,7 +130,7 @@ def test_as_accurate_as_eager(case, kinds, dtype):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("channels", [8, 320, 384, 768, 1152, 1536, 2240, 2432, 3072, 5120, 6144, 8192])
+@pytest.mark.parametrize("channels", [8, *CHANNELS.values(), 8192])
 @pytest.mark.parametrize("case", ["layer_norm_modulate", "rms_norm_modulate", "gate_residual", "gate_residual_norm_modulate-table"])
 def test_widths_of_networks(case, channels, dtype):
     op, eager, pattern = CASES[case]

@@ -19,13 +19,12 @@ from ..helpers import (
     assert_independent_of_threads,
     assert_within_eager,
 )
+from ..shapes import HEADS
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("rms", "layer", "rms_heads", "layer_heads", "pixel", None)
 ROPES = ("interleaved", "half")
 EPS = 1e-6
-# Heads and channels of networks: EDM, Stable Diffusion, EDM2, ADM, DiT and PixArt, SD3, SDXL, Wan.
-NETWORKS = ((1, 256), (8, 40), (8, 80), (8, 160), (9, 64), (6, 64), (16, 72), (24, 64), (20, 64), (12, 128), (40, 128))
 
 
 def eager_norm(x, weight, norm):
@@ -105,11 +104,13 @@ def test_any_shape(norm, rope, shape, batched):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("index", "heads_and_width"), list(enumerate(NETWORKS)))
-def test_heads_of_networks(index, heads_and_width):
-    for norm, rope, dtype in ((NORMS[index % 2], ROPES[index % 2], NARROW[index % 3]), (NORMS[2 + index % 3], ROPES[1], NARROW[0])):
-        args = operands(norm, 2, 5, *heads_and_width, batched_angles=index % 2 == 0, requires_grad=True)
-        assert_accurate(ours(norm, rope), eager(norm, rope), args, dtype)
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize(("heads", "width"), HEADS.values(), ids=HEADS)
+def test_heads_of_networks(heads, width, rope):
+    for i, norm in enumerate(NORMS, ROPES.index(rope)):
+        args = operands(norm, 2, 3, heads, width, batched_angles=i % 2 == 0, requires_grad=True)
+        # The largest of a few thousand errors depends on chance; their mean square is eager's within a fifth.
+        assert_accurate(ours(norm, rope), eager(norm, rope), args, NARROW[i % 3], factor=4.0)
 
 
 @pytest.mark.parametrize("norm", NORMS)
