@@ -3,7 +3,9 @@
 Needs neither a GPU nor a CUDA build of torch. Environment:
   FASTDIFF_CUDA=auto|1|0     CUDA kernels when nvcc is found (auto, the default), required, or left out
   FASTDIFF_CUDA_ARCHS        e.g. "80;90a;120": what to embed instead of everything nvcc knows
+  FASTDIFF_NVCC              the nvcc to use; else that of CUDA_HOME or CUDA_PATH, that in PATH, or /usr/local/cuda's
   FASTDIFF_NATIVE=auto|0     0 builds no compiled part at all
+  CXX                        the C++ compiler; else c++, g++ or clang++
   MAX_JOBS                   parallel compilations
 """
 
@@ -53,8 +55,11 @@ def find_torch() -> Path | None:
 
 def find_nvcc() -> Path | None:
     """nvcc by FASTDIFF_NVCC, CUDA_HOME or CUDA_PATH, PATH, or in the usual place."""
-    candidates = [os.environ.get("FASTDIFF_NVCC")]
-    candidates += [str(Path(home) / "bin" / "nvcc") for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
+    if asked := os.environ.get("FASTDIFF_NVCC"):
+        if not Path(asked).is_file():
+            raise SystemExit(f"FASTDIFF_NVCC must be the path of nvcc; got {asked!r}, which is no file")
+        return Path(asked)
+    candidates = [str(Path(home) / "bin" / "nvcc") for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
     candidates += [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     return next((Path(c) for c in candidates if c and Path(c).exists()), None)
 
@@ -110,7 +115,10 @@ class NativeBuild(build_ext):
         super().run()
 
     def missing(self) -> str | None:
-        if os.environ.get("FASTDIFF_NATIVE", "auto") == "0":
+        wanted = os.environ.get("FASTDIFF_NATIVE", "auto")
+        if wanted not in ("auto", "0"):
+            raise SystemExit(f"FASTDIFF_NATIVE must be auto or 0; got {wanted!r}")
+        if wanted == "0":
             return "FASTDIFF_NATIVE=0"
         if absent := [pattern for pattern in SOURCES if not sources(pattern)]:
             return f"its sources are not in this folder ({', '.join(f'csrc/{pattern}' for pattern in absent)})"
