@@ -206,11 +206,21 @@ def test_runs_alike_under_autocast(op: Op, index: int):
         torch.testing.assert_close(a, e, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("op", "index"), COMPILED)
-def test_runs_in_inference_mode(op: Op, index: int):
+@pytest.mark.parametrize(("op", "index"), CALLS)
+def test_runs_alike_in_inference_mode(op: Op, index: int):
     args = sample(op, index)
-    with torch.inference_mode(), fastdiff_kernels.backend("reference"):
-        outputs_of(call_of(op)(*args))
+
+    def run() -> tuple[Tensor, ...]:
+        by_kernel = outputs_of(call_of(op)(*args))
+        with fastdiff_kernels.backend("reference"):
+            return (*by_kernel, *outputs_of(call_of(op)(*args)))
+
+    expected = run()
+    with torch.inference_mode():
+        found = run()
+    for f, e in zip(found, expected, strict=True):
+        assert f.is_inference()
+        torch.testing.assert_close(f, e, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["denoising_loss", "group_norm_silu"])
