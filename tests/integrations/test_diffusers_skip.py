@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff_kernels.integrations.diffusers import SkipHandle, disable_adaptive_skip, enable_adaptive_skip, patch
+from fastdiff_kernels.diffusion import AdaptiveSkip, Schedule, sample
+from fastdiff_kernels.integrations.diffusers import SkipHandle, as_denoiser, disable_adaptive_skip, enable_adaptive_skip, patch
 from tests.diffusion.test_skipping import official_by_lists, tensor_by_lists
 from tests.helpers import assert_bitwise
 from tests.integrations.models import BY_NAME, dit_pipeline, randn, text_pipeline
@@ -61,6 +62,96 @@ def test_decisions_are_the_published_ones_on_a_shared_trajectory(mode: str, thre
         last = max(i for i in range(k + 1) if not expected[i])
         assert_bitwise(outputs[k][:2], latents[last])
         assert skipped == (last != k)
+
+
+class NoisePrediction(nn.Module):
+    """Smooth in the sample and in time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        time = timestep.to(sample.dtype).view(-1, *[1] * (sample.dim() - 1)) / 1000
+        return (torch.sin(self.slope * sample) + 0.5 * time * sample,)
+
+
+SOLVERS = {
+    "euler": (diffusers.EulerDiscreteScheduler, {}, "ve"),
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}, "vp"),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {"final_sigmas_type": "zero"}, "vp"),
+}
+
+
+def levels_of(scheduler: Any) -> Tensor:
+    abar = scheduler.alphas_cumprod.double()[scheduler.timesteps.long()]
+    return torch.cat(((1 / abar - 1).sqrt(), torch.zeros(1, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+@pytest.mark.parametrize(
+    ("reuse", "space", "threshold", "max_skip"),
+    [
+        ("extrapolate", "noise", 3e-4, 2),
+        ("extrapolate", None, 0.02, 4),
+        ("hold", "noise", 1e-3, 2),
+        ("hold", "ve", 0.02, 4),
+        ("hold", "vp", 0.02, 4),
+    ],
+)
+def test_decisions_and_samples_are_those_of_our_sampler(
+    solver: str, reuse: str, space: str | None, threshold: float, max_skip: int
+) -> None:
+    build, options, own = SOLVERS[solver]
+    scheduler, model = (
+        build(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", **options),
+        NoisePrediction(),
+    )
+    scheduler.set_timesteps(40)
+    sigmas, noise = levels_of(scheduler), randn(2, 3, 4, 4).double()
+    rule = AdaptiveSkip(threshold, max_skip, reuse=reuse, space=space or own)
+    expected = sample(as_denoiser(model, scheduler), noise, Schedule(sigmas), solver=solver, skip=rule)
+
+    handle = enable_adaptive_skip(model, threshold, max_skip, reuse=reuse, space=space, scheduler=scheduler)
+    x = noise * (sigmas[0] if own == "ve" else sigmas[0] / (1 + sigmas[0] ** 2).sqrt())
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(scheduler.scale_model_input(x, t), t)[0], t, x).prev_sample
+    assert handle.skipped == expected.skipped.tolist()
+    assert 5 < handle.saved < 36
+    torch.testing.assert_close(x, expected.samples, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: None, "reuse='extrapolate' needs a scheduler with alphas_cumprod and prediction_type 'epsilon', got NoneType with None"),
+        (diffusers.FlowMatchEulerDiscreteScheduler, "got FlowMatchEulerDiscreteScheduler with None"),
+        (lambda: diffusers.DDIMScheduler(prediction_type="v_prediction"), "got DDIMScheduler with 'v_prediction'"),
+        (diffusers.HeunDiscreteScheduler, "evaluates once a step, got HeunDiscreteScheduler"),
+    ],
+)
+def test_schedulers_without_a_level_for_each_step_are_refused(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        enable_adaptive_skip(NoisePrediction(), reuse="extrapolate", scheduler=build())
+
+
+def test_a_scheduler_put_in_later_is_looked_at_when_a_generation_begins() -> None:
+    pytest.importorskip("transformers")
+    pipeline = text_pipeline("sd", diffusers.DDIMScheduler(steps_offset=1))
+    enable_adaptive_skip(pipeline, 0.05, 2, reuse="extrapolate", space="noise")
+    pipeline.scheduler = diffusers.HeunDiscreteScheduler(steps_offset=1)
+    with pytest.raises(ValueError, match="reuse='extrapolate' and space='noise' needs a scheduler that evaluates once a step"):
+        latents_of(pipeline, randn(1, 4, 8, 8), num_inference_steps=8, guidance_scale=2.0)
+
+
+def test_a_timestep_that_is_not_the_schedulers_has_no_level() -> None:
+    scheduler = diffusers.EulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    model = NoisePrediction()
+    enable_adaptive_skip(model, space="vp", scheduler=scheduler)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"timestep must be one of the scheduler's, .* got 3\.5"):
+        model(randn(1, 2).double(), torch.tensor(3.5))
 
 
 @pytest.mark.parametrize("build", [diffusers.EulerDiscreteScheduler, diffusers.EDMEulerScheduler])
@@ -314,6 +405,8 @@ def test_what_cannot_be_skipped_is_refused() -> None:
         enable_adaptive_skip(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="threshold must be finite and not negative"):
         enable_adaptive_skip(Model(), -1.0)
+    with pytest.raises(ValueError, match="reuse must be one of 'hold', 'extrapolate', got 'last'"):
+        enable_adaptive_skip(Model(), reuse="last")
     with pytest.raises(ValueError, match="scheduler is the pipeline's own"):
         enable_adaptive_skip(dit_pipeline(), scheduler=diffusers.DDIMScheduler())
     model = Model()

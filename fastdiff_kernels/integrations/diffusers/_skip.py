@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import deque
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from ... import ops
 from ...diffusion.skipping import AdaptiveSkip
 from ...reference.skipping import REUSE, STATE_WIDTH
+from ._levels import check_levels, level, on_line
 
 _DENOISERS = ("unet", "transformer")
 _HANDLE = "_fastdiff_skip"
@@ -22,16 +24,16 @@ class SkipHandle:
     """What adaptive skipping did and does to one denoiser.
 
     Attributes:
-        rule: threshold, max_skip and mode.
+        rule: threshold, max_skip, mode and reuse. space: where differences are taken, None for the latents as the loop holds them.
         calls: how often the denoiser was called. computed: how often it ran. saved: the difference.
         steps, skipped: steps of the current generation, and for each whether it reused (list of bool). A step has several calls where
             the conditional and the unconditional prediction are made one after the other.
         generations: how many trajectories were begun.
     """
 
-    def __init__(self, model: nn.Module, rule: AdaptiveSkip, pipeline: Any, scheduler: Any) -> None:
+    def __init__(self, model: nn.Module, rule: AdaptiveSkip, space: str | None, pipeline: Any, scheduler: Any) -> None:
         self.model = model
-        self.rule = rule
+        self.rule, self.space = rule, space
         self.pipeline = pipeline
         self._scheduler = scheduler
         self.before: Any = vars(model).get("forward")
@@ -43,6 +45,10 @@ class SkipHandle:
         if "timestep" not in names:
             raise TypeError(f"model must be called with a timestep, and {type(model).__name__} is not")
         self.places = (names.index(self.input_name), names.index("timestep"))
+        self.by_level = " and ".join(
+            f"{name}={value!r}" for name, value in (("reuse", rule.reuse), ("space", space)) if value not in ("hold", None)
+        )
+        self._check_scheduler()
         self.calls = self.computed = self.generations = 0
         self.reset()
 
@@ -58,20 +64,25 @@ class SkipHandle:
     def scheduler(self) -> Any:
         return self._scheduler if self.pipeline is None else self.pipeline.scheduler
 
+    def _check_scheduler(self) -> None:
+        if self.by_level:
+            check_levels(self.scheduler, self.by_level)
+
     def reset(self) -> None:
         """Forgets the trajectory; the next call begins another. Done by itself when a generation begins."""
         self.latents: deque[Tensor] = deque(maxlen=4)  # the newest first, unscaled
         self.state: Tensor | None = None
         self.input: Tensor | None = None
         self.time: float | None = None
+        self.sigma = math.nan  # of the newest call, where the options ask for levels
         self.timesteps: object = None
         self.branch = 0
-        self.outputs: dict[int, Any] = {}
+        self.outputs: dict[int, deque[tuple[float, Any]]] = {}  # by branch: the last computed and the levels they were computed at
         self.skipped: list[bool] = []
 
     @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the model's forward: runs it, or returns what it returned last."""
+        """Stands in for the model's forward: runs it, or returns what it returned last, or the line through the last two."""
         self.calls += 1
         if torch.is_grad_enabled():
             self.reset()
@@ -82,11 +93,20 @@ class SkipHandle:
         )
         self._begin(x, time)
         if self.skipped[-1] and self.branch in self.outputs:
-            return _copied(self.outputs[self.branch])
+            return self._reused()
         self.computed += 1
         output = self.run(*args, **kwargs)
-        self.outputs[self.branch] = _copied(output)
+        kept = 2 if self.rule.reuse == "extrapolate" else 1
+        self.outputs.setdefault(self.branch, deque(maxlen=kept)).append((self.sigma, _copied(output)))
         return output
+
+    def _reused(self) -> Any:
+        outputs = self.outputs[self.branch]
+        if len(outputs) < 2:
+            return _copied(outputs[-1][1])
+        (older_at, older), (newest_at, newest) = ((on_line(self.scheduler, sigma), output) for sigma, output in outputs)
+        factor = (on_line(self.scheduler, self.sigma) - older_at) / (newest_at - older_at)
+        return tree_map(lambda a, b: torch.lerp(a, b, factor) if isinstance(a, Tensor) else b, older, newest)
 
     def _begin(self, x: Tensor, timestep: Any) -> None:
         """Places the call on its trajectory: another branch of the same step, the next step, or a new generation."""
@@ -100,13 +120,17 @@ class SkipHandle:
         repeats = time == self.time and getattr(self.scheduler, "order", 1) > 1
         if not alike or timesteps is not self.timesteps or self.time is None or not (time < self.time or repeats):
             self.reset()
+            self._check_scheduler()
             self.generations += 1
         self.input, self.time, self.timesteps, self.branch = x.detach().clone(), time, timesteps, 0
         self._decide(x.detach(), timestep)
 
     def _decide(self, x: Tensor, timestep: Any) -> None:
+        last, rule = self.sigma, self.rule
+        if self.by_level:
+            self.sigma = level(self.scheduler, cast(float, self.time))
         self.latents.appendleft(self._unscaled(x, timestep))
-        latents, rule = self.latents, self.rule
+        latents, length = self.latents, last - self.sigma if rule.space == "noise" else 1.0
         if self.state is None:
             self.state = x.new_zeros((1, STATE_WIDTH), dtype=torch.float64)
         else:
@@ -118,16 +142,20 @@ class SkipHandle:
                 denoised=latents[0],
                 state=self.state,
                 mode=rule.mode,
-                threshold=rule.threshold,
+                threshold=rule.threshold / length,
                 max_skip=rule.max_skip,
+                scales=(1 / length, 1 / length, 1.0, 1.0),
                 before=(latents[2], latents[3]) if rule.mode == "tensor" and len(latents) == 4 else None,
             ).state
         # Before the first decision there is nothing to wait for.
         self.skipped.append(self.steps >= rule.first_decision and bool(self.state[0, REUSE]))
 
     def _unscaled(self, x: Tensor, timestep: Any) -> Tensor:
-        """The latents as the loop holds them, which some schedulers divide before the model sees them."""
+        """The latents in the space asked for, or as the loop holds them, which some schedulers divide before the model sees them."""
         x = x[:, : self._latent_channels(x)]
+        if self.space is not None:
+            # A model of noise predictions is given those of the variance-preserving process, whatever its loop holds.
+            return x.clone() if self.space == "vp" else x * math.sqrt(1 + self.sigma**2)
         scale = getattr(self.scheduler, "scale_model_input", None)
         if scale is None:
             return x.clone()
@@ -143,37 +171,54 @@ class SkipHandle:
 
 
 def enable_adaptive_skip(
-    model_or_pipeline: Any, threshold: float = 0.01, max_skip: int = 4, mode: str = "official", *, scheduler: Any = None
+    model_or_pipeline: Any,
+    threshold: float = 0.01,
+    max_skip: int = 4,
+    mode: str = "official",
+    *,
+    reuse: str = "hold",
+    space: str | None = None,
+    scheduler: Any = None,
 ) -> SkipHandle:
     """Lets a denoiser return its last output while the trajectory runs straight (AdaptiveDiffusion, Ye et al., arXiv 2410.09873).
 
     It acts on the calls of the whole model, from the latents that the sampling loop passes, and so needs neither callbacks nor a known
     architecture. A generation begins where the timesteps do not fall, where the latents' shape changes, or where the scheduler was set
     anew; a doubled batch under guidance is one call; two calls with the same latents are two branches of one step, and decided together.
-    With gradients enabled every call runs. What is reused is the model's output, whatever its prediction type. Of an input with more
+    With gradients enabled every call runs. What is held is the model's output, whatever its prediction type. Of an input with more
     channels than the model returns, the first are the latents and decide; what follows is image or mask. With a scheduler of second order
     each evaluation is a step, since the loop makes an iteration of each.
+
+    `reuse="extrapolate"` and a `space` go by the noise level sigma of each step and need a scheduler that names it: one with
+    alphas_cumprod, prediction_type "epsilon" and one evaluation a step. The model's output is then the noise prediction of
+    `diffusion.AdaptiveSkip`, before guidance, which is linear; with DDIM, Euler or DPM-Solver++(2M) decisions and samples are those of
+    `diffusion.sample`.
 
     Args:
         model_or_pipeline: a pipeline with a `unet` or a `transformer`, or the model, compiled by `torch.compile` or not.
         threshold, max_skip, mode: as of `diffusion.AdaptiveSkip`.
-        scheduler: with a model, the scheduler of the loop, where that rescales the latents (Euler, EDM); a pipeline's is its own.
+        reuse: "hold" returns the last output; "extrapolate" the line through the last two computed, in sigma, or in -ln sigma for the
+            solvers of the DPM-Solver family.
+        space: "ve", "vp" or "noise", as of `diffusion.AdaptiveSkip`; None takes differences of the latents as the loop holds them.
+        scheduler: with a model, the scheduler of the loop, where that rescales the latents (Euler, EDM) or sigma is asked for; a pipeline's
+            is its own.
 
     Returns:
         SkipHandle, which counts. Enabling again replaces the rule and starts counting afresh.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of range; a model compiled in place by `model.compile()`, whose calls
-            no longer pass through its forward.
+        TypeError, ValueError: an argument of the wrong kind or out of range; a scheduler that names no sigma, where that is needed, also
+            when a generation begins with one put in its place; a model compiled in place by `model.compile()`, whose calls no longer pass
+            through its forward.
     """
-    rule = AdaptiveSkip(threshold=threshold, max_skip=max_skip, mode=mode)
+    rule = AdaptiveSkip(threshold=threshold, max_skip=max_skip, mode=mode, reuse=reuse, space="ve" if space is None else space)
     pipeline, model = _denoiser(model_or_pipeline)
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler is the pipeline's own; give one only with a model")
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("model was compiled in place by model.compile(); use torch.compile(model), whose calls can be skipped as a whole")
     _disable(model)
-    handle = SkipHandle(model, rule, pipeline, scheduler)
+    handle = SkipHandle(model, rule, space, pipeline, scheduler)
     model.forward = handle.forward
     vars(model)[_HANDLE] = handle
     return handle
