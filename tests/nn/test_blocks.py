@@ -61,6 +61,47 @@ def test_autocast_keeps_the_streams_dtype(case, stream):
     assert all(x.dtype == stream for x in actual[:outputs])
 
 
+@every_block
+@pytest.mark.parametrize(
+    ("parameters", "stream", "autocast"),
+    [(torch.bfloat16, torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16, torch.float16)],
+    ids=str,
+)
+def test_autocast_takes_parameters_in_16_bits_too(case, parameters, stream, autocast):
+    block, inputs = case.make(parameters), case.inputs(stream)
+    with torch.autocast("cpu", dtype=autocast):
+        outputs = tensors_of(block(*inputs))
+    sum(y.double().square().sum() for y in outputs).backward()
+    assert all(p.grad.dtype == parameters and p.grad.isfinite().all() for p in block.parameters())
+    truth = defined(case, block, inputs, torch.float64)
+    for y, expected in zip(outputs, truth, strict=False):
+        assert y.dtype == stream
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=0.03 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("out_channels", [8, 16])
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_a_residual_block_keeps_the_streams_dtype_under_autocast(out_channels, parameters, stream, autocast):
+    torch.manual_seed(0)
+    block = UNetResBlock(8, out_channels, 6).to(parameters)
+    torch.nn.init.normal_(block.conv2.weight, std=0.1)
+    x, condition = torch.randn(2, 8, 4, 4).to(stream), torch.randn(2, 6)
+    with torch.autocast("cpu", dtype=autocast):
+        y = block(x, condition)
+    assert y.dtype == stream
+    torch.testing.assert_close(y.double(), block.double()(x.double(), condition.double()), rtol=0.05, atol=0.05)
+
+
+def test_checks_of_dtypes_are_no_graph_break_under_autocast():
+    case = CASES["dit_rms_rope"]
+    block, inputs = case.make(torch.float32), case.inputs(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected = torch.compile(block, fullgraph=True, backend="eager")(*inputs), block(*inputs)
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("name", ["unet", "unet_edm", "edm2"])
 def test_channels_last_in_channels_last_out(name):
     block, (x,) = CASES[name].make(), CASES[name].inputs()
@@ -173,11 +214,14 @@ def test_unet_res_block_is_a_conditioned_residual(out_channels):
         (lambda: DiTBlock(8, 2, 4, mlp_ratio=0.1), ValueError, "mlp_ratio must leave at least one hidden channel"),
         (lambda: DiTBlock(8, 0, 4), ValueError, "num_heads must be at least 1, got 0"),
         (lambda: DiTBlock(8, 2, 4, policy="maybe"), ValueError, "policy must be one of 'auto', 'always', 'never', got 'maybe'"),
+        (lambda: DiTBlock(1024, 2, 4), ValueError, "dim / num_heads must be at most 256, got dim=1024 and num_heads=2"),
         (lambda: PixArtBlock(10, 3), ValueError, "dim must be divisible by num_heads"),
         (lambda: PixArtBlock(8, 2, context_dim=0), ValueError, "context_dim must be at least 1, got 0"),
         (lambda: PixArtBlock(8, 2, qk_norm="pixel"), ValueError, "qk_norm must be"),
         (lambda: MMDiTBlock(8, 2, 4, qk_norm="layer"), ValueError, "qk_norm must be"),
         (lambda: MMDiTBlock(8, 2, 0), ValueError, "condition_dim must be at least 1, got 0"),
+        (lambda: MMDiTBlock(8, 2, 4, context_pre_only="x"), TypeError, "context_pre_only must be a bool, got str"),
+        (lambda: UNetAttentionBlock(512), ValueError, "channels / num_heads must be at most 256, got channels=512 and num_heads=1"),
         (lambda: UNetAttentionBlock(16, num_heads=3), ValueError, "channels must be divisible by num_heads"),
         (lambda: UNetAttentionBlock(16, num_groups=5), ValueError, "channels must be divisible by num_groups"),
         (lambda: UNetAttentionBlock(16, qk_norm="layer"), ValueError, "qk_norm must be"),
@@ -186,6 +230,7 @@ def test_unet_res_block_is_a_conditioned_residual(out_channels):
         (lambda: EDM2AttentionBlock(16, balance=1.5), ValueError, "balance must be finite and >= 0 and <= 1"),
         (lambda: EDM2AttentionBlock(16, clip=-1), ValueError, "clip must be positive"),
         (lambda: EDM2AttentionBlock(16, num_heads=3), ValueError, "channels must be divisible by num_heads"),
+        (lambda: UNetResBlock(8, 8, 0), ValueError, "condition_dim must be at least 1, got 0"),
         (lambda: UNetResBlock(8, 12, 4), ValueError, "out_channels must be divisible by num_groups, got out_channels=12 and num_groups=8"),
     ],
 )
@@ -199,6 +244,12 @@ def test_bad_sizes(make, error, message):
     [
         ("dit", lambda x, c: (x[0], c), ValueError, r"x must have shape \[B, N, 16\], got \(6, 16\)"),
         ("dit", lambda x, c: (x, c[:2]), ValueError, r"condition must have shape \[3, 12\], got \(2, 12\)"),
+        ("dit", lambda x, c: (x.float(), c), TypeError, "x must be torch.float64, the dtype of the parameters, got torch.float32"),
+        ("dit", lambda x, c: (x, c.float()), TypeError, "condition must be torch.float64, the dtype of the parameters, got torch.float32"),
+        ("dit", lambda x, c: (x, c, torch.ones(2, 6, 4)), TypeError, r"rope must be a pair of tensors \(cos, sin\) or None, got Tensor"),
+        ("dit", lambda x, c: (x, c, (torch.ones(6, 4),)), ValueError, r"rope must be a pair of tensors \(cos, sin\), got 1 elements"),
+        ("dit", lambda x, c: (x, c, (torch.ones(6, 4), None)), TypeError, r"rope must be a pair of tensors .* got a pair with a NoneType"),
+        ("pixart", lambda x, t, y, n: (x, t, y.half(), n), TypeError, "context must be torch.float64, .* got torch.float16"),
         ("pixart", lambda x, t, y, n: (x[..., :8], t, y, n), ValueError, r"x must have shape \[B, N, 16\]"),
         ("pixart", lambda x, t, y, n: (x, t[:, :5], y, n), ValueError, r"time must have shape \[3, 6, 16\] or \[3, 96\], got \(3, 5, 16\)"),
         ("pixart", lambda x, t, y, n: (x, t, y[:2], n), ValueError, r"context must have shape \[3, N, 16\], got \(2, 5, 16\)"),
@@ -206,6 +257,9 @@ def test_bad_sizes(make, error, message):
         ("pixart", lambda x, t, y, n: (x, t, y, n.double()), TypeError, "key_lengths must be int32 or int64"),
         ("unet", lambda x: (x[0],), ValueError, r"x must have shape \[B, 16, H, W\], got \(16, 2, 3\)"),
         ("edm2", lambda x: (x[:, :8],), ValueError, r"x must have shape \[B, 16, H, W\], got \(3, 8, 2, 3\)"),
+        ("unet", lambda x: (x.float(),), TypeError, "x must be torch.float64, .* got torch.float32"),
+        ("edm2", lambda x: (x.long(),), TypeError, "x must be torch.float64, .* got torch.int64"),
+        ("mmdit", lambda x, y, c: (x, y, c.float()), TypeError, "condition must be torch.float64, .* got torch.float32"),
         ("mmdit", lambda x, y, c: (x[:, :, :8], y, c), ValueError, r"x must have shape \[B, N, 16\]"),
         ("mmdit", lambda x, y, c: (x, y[:1], c), ValueError, r"context must have shape \[3, N, 16\], got \(1, 5, 16\)"),
         ("mmdit", lambda x, y, c: (x, y, c[:, :4]), ValueError, r"condition must have shape \[3, 12\], got \(3, 4\)"),
@@ -214,3 +268,21 @@ def test_bad_sizes(make, error, message):
 def test_bad_input(name, change, error, message):
     with pytest.raises(error, match=message):
         CASES[name].make()(*change(*CASES[name].inputs()))
+
+
+def test_autocast_does_not_narrow_float64():
+    block, (x, condition) = CASES["dit"].make(torch.float32), CASES["dit"].inputs(torch.float32)
+    with torch.autocast("cpu"), pytest.raises(TypeError, match=r"condition must be torch.float32, .* got torch.float64"):
+        block(x, condition.double())
+
+
+@pytest.mark.parametrize(
+    ("condition", "error", "message"),
+    [
+        (torch.ones(2, 5), ValueError, r"condition must have shape \[2, 6\], got \(2, 5\)"),
+        (torch.ones(2, 6).double(), TypeError, "condition must be torch.float32, .* got torch.float64"),
+    ],
+)
+def test_bad_condition_of_a_residual_block(condition, error, message):
+    with pytest.raises(error, match=message):
+        UNetResBlock(8, 8, 6)(torch.ones(2, 8, 4, 4), condition)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_choice, check_count, check_positive
+from ...ops.attention import MAX_HEAD_DIM
 from .._checks import divides
 from .._policy import apply
 
@@ -13,8 +14,10 @@ HEAD_NORMS = ("rms", "layer", "rms_heads", "layer_heads")
 
 
 def check_heads(num_heads: int, dim: int, name: str = "dim") -> int:
-    """The width of a head; `num_heads` must divide `dim`."""
+    """The width of a head, which attention must take; `num_heads` must divide `dim`."""
     divides("num_heads", check_count(num_heads, "num_heads"), name, check_count(dim, name))
+    if dim // num_heads > MAX_HEAD_DIM:
+        raise ValueError(f"{name} / num_heads must be at most {MAX_HEAD_DIM}, got {name}={dim} and num_heads={num_heads}")
     return dim // num_heads
 
 
@@ -36,6 +39,32 @@ def feed_forward(dim: int, mlp_ratio: float) -> nn.Sequential:
     if hidden < 1:
         raise ValueError(f"mlp_ratio must leave at least one hidden channel, got mlp_ratio={mlp_ratio} with dim={dim}")
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+
+
+def check_dtypes(weight: Tensor, **inputs: Tensor) -> None:
+    """Raise unless layers of weight's dtype take the inputs: of the same dtype or, under autocast, any but float64."""
+    for name, x in inputs.items():
+        if x.dtype != weight.dtype and not _autocast_takes(x, weight):
+            raise TypeError(f"{name} must be {weight.dtype}, the dtype of the parameters, got {x.dtype}")
+
+
+def _autocast_takes(x: Tensor, weight: Tensor) -> bool:
+    device = x.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return enabled and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
+
+
+def check_rope(rope: tuple[Tensor, Tensor] | None) -> None:
+    """Raise unless rope is a pair, or None; the op checks its tensors."""
+    if rope is None:
+        return
+    if not isinstance(rope, (tuple, list)):
+        raise TypeError(f"rope must be a pair of tensors (cos, sin) or None, got {type(rope).__name__}")
+    if len(rope) != 2:
+        raise ValueError(f"rope must be a pair of tensors (cos, sin), got {len(rope)} elements")
+    for x in rope:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"rope must be a pair of tensors (cos, sin), got a pair with a {type(x).__name__}")
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -69,10 +98,11 @@ def attend_to_itself(
     return apply(policy, "attention", q, k, v).flatten(2)
 
 
-def beside(modulation: Tensor, x: Tensor) -> Tensor:
-    """modulation in a dtype that the ops take beside x: autocast computes it in 16 bits where x may be wider."""
+def beside(companion: Tensor, x: Tensor) -> Tensor:
+    """companion in a dtype that the ops take beside x: autocast computes modulation in 16 bits where x may be wider, and x in other 16 bits
+    than those of parameters."""
     narrow = x.dtype in (torch.bfloat16, torch.float16)
-    return modulation if narrow and modulation.dtype == torch.float32 else modulation.to(x.dtype)
+    return companion if narrow and companion.dtype == torch.float32 else companion.to(x.dtype)
 
 
 def normalise_and_rotate(
@@ -89,4 +119,5 @@ def normalise_and_rotate(
         return q, k
     wide = torch.promote_types(q.dtype, torch.float32)
     cos, sin = (None, None) if rope is None else (table.to(wide) for table in rope)
+    q_weight, k_weight = (weight if weight is None else beside(weight, q) for weight in (q_weight, k_weight))
     return apply(policy, "qk_norm_rope", q, k, q_weight, k_weight, cos, sin, norm=norm)

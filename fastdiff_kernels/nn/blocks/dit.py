@@ -11,7 +11,7 @@ from ..._checks import check_count
 from .._checks import sequence, vectors
 from .._policy import apply, check_policy
 from ..embedding import zero_init
-from ._parts import attend_to_itself, beside, check_heads, check_qk_norm, feed_forward, qk_weight
+from ._parts import attend_to_itself, beside, check_dtypes, check_heads, check_qk_norm, check_rope, feed_forward, qk_weight
 
 
 class Carry(NamedTuple):
@@ -84,6 +84,8 @@ class DiTBlock(nn.Module):
         hidden = x.hidden if isinstance(x, Carry) else x
         sequence("x", hidden, self.qkv.in_features)
         vectors("condition", condition, hidden.shape[0], self.modulation.in_features)
+        check_dtypes(self.qkv.weight, x=hidden, condition=condition)
+        check_rope(rope)
         modulation = beside(self.modulation(F.silu(condition)), hidden)  # [B, 6C]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)  # [B, C] each
         if isinstance(x, Carry):

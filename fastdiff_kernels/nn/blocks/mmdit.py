@@ -10,7 +10,7 @@ from ..._checks import check_count
 from .._checks import sequence, vectors
 from .._policy import apply, check_policy
 from ..embedding import zero_init
-from ._parts import beside, check_heads, check_qk_norm, feed_forward, normalise_and_rotate, qk_weight, split_heads
+from ._parts import beside, check_dtypes, check_heads, check_qk_norm, feed_forward, normalise_and_rotate, qk_weight, split_heads
 
 
 class MMDiTBlock(nn.Module):
@@ -54,6 +54,8 @@ class MMDiTBlock(nn.Module):
         super().__init__()
         head_dim = check_heads(num_heads, dim)
         self.num_heads, self.qk_norm = num_heads, check_qk_norm(qk_norm, ("rms",))
+        if not isinstance(context_pre_only, bool):
+            raise TypeError(f"context_pre_only must be a bool, got {type(context_pre_only).__name__}")
         self.context_pre_only, self.policy = context_pre_only, check_policy(policy)
         self.modulation = zero_init(nn.Linear(check_count(condition_dim, "condition_dim"), 6 * dim))
         self.context_modulation = zero_init(nn.Linear(condition_dim, (2 if context_pre_only else 6) * dim))
@@ -79,6 +81,7 @@ class MMDiTBlock(nn.Module):
         sequence("x", x, self.qkv.in_features)
         sequence("context", context, self.qkv.in_features, x.shape[0])
         vectors("condition", condition, x.shape[0], self.modulation.in_features)
+        check_dtypes(self.qkv.weight, x=x, context=context, condition=condition)
         condition = F.silu(condition)
         mods = beside(self.modulation(condition), x).chunk(6, dim=1)  # [B, C] each
         context_mods = beside(self.context_modulation(condition), context).chunk(2 if self.context_pre_only else 6, dim=1)

@@ -9,7 +9,7 @@ from ..._checks import check_count
 from .._checks import sequence
 from .._policy import apply, check_policy
 from ..embedding import zero_init
-from ._parts import HEAD_NORMS, attend_to_itself, beside, check_heads, check_qk_norm, feed_forward, qk_weight, split_heads
+from ._parts import HEAD_NORMS, attend_to_itself, beside, check_dtypes, check_heads, check_qk_norm, feed_forward, qk_weight, split_heads
 
 
 class PixArtBlock(nn.Module):
@@ -77,6 +77,7 @@ class PixArtBlock(nn.Module):
         """
         sequence("x", x, self.qkv.in_features)
         sequence("context", context, self.cross_kv.in_features, x.shape[0])
+        check_dtypes(self.qkv.weight, x=x, context=context)
         batch, _, dim = x.shape
         if time.shape not in ((batch, 6, dim), (batch, 6 * dim)):
             raise ValueError(f"time must have shape [{batch}, 6, {dim}] or [{batch}, {6 * dim}], got {tuple(time.shape)}")

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._checks import check_count, check_number, check_positive
-from .._checks import divides, feature_map
+from .._checks import divides, feature_map, vectors
 from .._policy import apply, check_policy
 from ..embedding import zero_init
-from ._parts import attend_to_itself, check_heads, check_qk_norm, pixels, qk_weight
+from ._parts import attend_to_itself, beside, check_dtypes, check_heads, check_qk_norm, pixels, qk_weight
 
 
 class UNetAttentionBlock(nn.Module):
@@ -62,7 +62,9 @@ class UNetAttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W], contiguous or channels_last -> [B, C, H, W] of x's dtype and layout."""
         feature_map(x, self.qkv.in_features)
-        h = apply(self.policy, "group_norm_silu", x, self.num_groups, self.norm_weight, self.norm_bias, eps=self.eps, activation=None)
+        check_dtypes(self.qkv.weight, x=x)
+        weight, bias = beside(self.norm_weight, x), beside(self.norm_bias, x)
+        h = apply(self.policy, "group_norm_silu", x, self.num_groups, weight, bias, eps=self.eps, activation=None)
         packed = self.qkv(pixels(h))  # [B, N, 3C]
         attended = attend_to_itself(self.policy, packed, self.num_heads, self.qk_norm, self.q_weight, self.k_weight)  # [B, N, C]
         y = x + self.out(attended).transpose(1, 2).reshape(x.shape).to(x.dtype)
@@ -107,16 +109,21 @@ class UNetResBlock(nn.Module):
         self.num_groups, self.policy = num_groups, check_policy(policy)
         self.norm1_weight, self.norm1_bias = nn.Parameter(torch.ones(in_channels)), nn.Parameter(torch.zeros(in_channels))
         self.norm2_weight, self.norm2_bias = nn.Parameter(torch.ones(out_channels)), nn.Parameter(torch.zeros(out_channels))
-        self.modulation = nn.Linear(condition_dim, 2 * out_channels)
+        self.modulation = nn.Linear(check_count(condition_dim, "condition_dim"), 2 * out_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x [B, C_in, H, W], condition [B, condition_dim] -> [B, C_out, H, W]."""
+        """x [B, C_in, H, W], condition [B, condition_dim] -> [B, C_out, H, W] of x's dtype."""
         feature_map(x, self.conv1.in_channels)
-        h = self.conv1(apply(self.policy, "group_norm_silu", x, self.num_groups, self.norm1_weight, self.norm1_bias))
+        vectors("condition", condition, x.shape[0], self.modulation.in_features)
+        check_dtypes(self.modulation.weight, x=x, condition=condition)
+        h = self.conv1(self._normalise(x, self.norm1_weight, self.norm1_bias))
         scale, shift = self.modulation(F.silu(condition)).to(h.dtype).chunk(2, dim=1)  # [B, C_out] each
-        h = apply(self.policy, "group_norm_silu", h, self.num_groups, self.norm2_weight, self.norm2_bias, scale, shift)
-        return self.skip(x) + self.conv2(self.dropout(h))
+        h = self._normalise(h, self.norm2_weight, self.norm2_bias, scale, shift)
+        return self.skip(x).to(x.dtype) + self.conv2(self.dropout(h)).to(x.dtype)
+
+    def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor, *modulation: Tensor) -> Tensor:
+        return apply(self.policy, "group_norm_silu", x, self.num_groups, beside(weight, x), beside(bias, x), *modulation)
