@@ -58,7 +58,9 @@ def _backward_tile(channels: int, dtype: torch.dtype) -> Tile:
     # these sums are held twice and have to be added in the end. Wide rows need all registers: a thread of 8 warps has twice those of 16.
     if channels > _WIDE:
         return _tile(channels, dtype.itemsize, 16 if dtype == torch.float64 else 32, (16,), 8)
-    return _tile(channels, dtype.itemsize, 8 if dtype == torch.float64 else 16, (16, 8), 2)
+    # Beside the next row, 16 elements take 250 registers, 12 no more than 168.
+    most = 16 if _fills_registers(channels) else 12
+    return _tile(channels, dtype.itemsize, most // 2 if dtype == torch.float64 else most, (16, 8), 2)
 
 
 def _most_registers(channels: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -188,9 +190,14 @@ def _backward(call: Call, grad_hidden: Tensor | None, grad_modulated: Tensor | N
     into = [grads.get(name) if name in ("x", "branch") or name in by_row else None for name in ("x", "branch", "gate", "shift", "scale")]
     call = _whole_rows(call)
     at_once = _sums_at_once(channels, x.dtype, "weight" in slots)
-    # As in the forward pass: the widest rows fill what one program can have, and sums alone spill a little before they do.
     alone = "x" not in wanted and "branch" not in wanted and _fills_registers(channels)
-    limit: dict[str, Any] = {"maxnreg": min(255, 2048 // tile.warps)} if channels > _WIDE or alone else {}
+    limit: dict[str, Any] = {}
+    if channels > _WIDE or alone:
+        # As in the forward pass: the widest rows fill what one program can have, and sums alone spill a little before they do.
+        limit = {"maxnreg": min(255, 2048 // tile.warps)}
+    elif channels <= 128:
+        # Rows of few threads hold the sums of several rows.
+        limit = {"maxnreg": 255 if x.dtype == torch.float64 else 168}
     names = list(slots)
     for i in range(0, max(len(names), 1), at_once):
         summed = {name: slots[name] for name in names[i : i + at_once]}

@@ -24,6 +24,7 @@ from fastdiff_kernels.triton import (
     skipping,
 )
 from fastdiff_kernels.triton._scale import scale_samples_
+from tests import shapes
 
 Cases = Iterator[tuple[str, Callable[[], object]]]
 
@@ -96,7 +97,7 @@ def attention_cases() -> Cases:
 
 
 # Channels: widths of networks, of which most fill their tile, and each kind of tile above 2048; and small and odd ones.
-NETWORK_CHANNELS = (8192, 7168, 6144, 5120, 4096, 3840, 3072, 2560, 2048, 1536, 1152, 768, 640, 320)
+NETWORK_CHANNELS = (8192, 7168, 4096, 2560, 2048, *shapes.CHANNELS.values())
 OTHER_CHANNELS = (8100, 6100, 5000, 3001, 2500, 1000, 160, 40, 8, 5)
 MODULATIONS = {"C": (2,), "BC": (0, 2), "BNC": (0, 1, 2)}
 
@@ -142,12 +143,12 @@ def _modulate(
 
 def modulate_cases() -> Cases:
     """Products: every width x {bfloat16, float32} x {gate + residual + LayerNorm with a table, RMS norm with weight and table}, both with
-    modulation [B, C] in float32. For five of the widths: the same in float16 and float64 and in pairs of 16 bits, and with modulation
+    modulation [B, C] in float32. For eight of the widths: the same in float16 and float64 and in pairs of 16 bits, and with modulation
     [B, N, C]. For four, in bfloat16 and float32, one at a time: every other op, operand, gradient and layout."""
     ops = (("gate_residual_norm_modulate", {}), ("rms_norm_modulate", {}))
     for channels, dtype, (op, options) in itertools.product(NETWORK_CHANNELS + OTHER_CHANNELS, (torch.bfloat16, torch.float32), ops):
         yield f"{op} {channels} {short(dtype)}", _modulate(channels, dtype, op, **options)
-    for channels, (op, options) in itertools.product((8192, 6144, 4096, 3072, 1152), ops):
+    for channels, (op, options) in itertools.product((8192, 6144, 4096, 3072, 1152, 1024, 256, 128), ops):
         for dtype in (torch.float16, *(torch.float64,) * (channels <= 3072)):
             yield f"{op} {channels} {short(dtype)}", _modulate(channels, dtype, op, **options)
         yield f"{op} {channels} bfloat16 throughout", _modulate(channels, torch.bfloat16, op, beside=torch.bfloat16, **options)
@@ -218,8 +219,9 @@ def group_norm_cases() -> Cases:
     """Products: shapes of networks and others x {planes, channels last} x {bfloat16, float32} with every operand and gradient. For three
     shapes also float16, float64 and parameters in x's 16 bits. For two, in bfloat16 and float32, one at a time: every operand and gradient
     left out, no activation, tensors that are not aligned. For one, 2^31 elements."""
+    of_networks = ((channels, groups, 32) for channels, groups in shapes.MAPS.values())
     for (channels, groups, side), last, dtype in itertools.product(
-        OTHER_GROUPS + NETWORK_GROUPS, (False, True), (torch.bfloat16, torch.float32)
+        (*OTHER_GROUPS, *NETWORK_GROUPS, *of_networks), (False, True), (torch.bfloat16, torch.float32)
     ):
         name = f"{channels} in {groups}, {side} x {side}, {'rows' if last else 'planes'}, {short(dtype)}"
         yield name, _group_norm((2, channels, side, side), groups, dtype, channels_last=last)
@@ -288,15 +290,18 @@ TOKENS = ((40, 128), (64, 128), (32, 256), (128, 64), (12, 128), (24, 128), (16,
 
 def rotary_cases() -> Cases:
     """Products: shapes x {bfloat16, float32} x norms and angles, and shapes whose whole tokens are normalised x the same dtypes x norms and
-    angles, with weights and all gradients. Projections with tokens innermost: shapes x dtypes x {RMS norm interleaved, pixel norm}. In
-    float16, float64 and 16-bit pairs one norm of each kind. One at a time at a width of 72 and for whole tokens of 40 heads of 128:
-    operands, gradients and sizes."""
+    angles, with weights and all gradients. The heads of every network x the same dtypes with one norm. Projections with tokens innermost:
+    shapes x dtypes x {RMS norm interleaved, pixel norm}. In float16, float64 and 16-bit pairs one norm of each kind. One at a time at a
+    width of 72 and for whole tokens of 40 heads of 128: operands, gradients and sizes."""
     narrow_and_wide = (torch.bfloat16, torch.float32)
     kinds = (("rms", "interleaved"), ("layer", "half"), ("rms", None), (None, "half"), ("pixel", None))
     of_tokens = (("rms_heads", "interleaved"), ("layer_heads", "half"), ("rms_heads", None))
-    for shapes, pairs in ((TOKENS, of_tokens), (HEADS, kinds)):
-        for (heads, width), (norm, rope), dtype in itertools.product(shapes, pairs, narrow_and_wide):
+    for sizes, pairs in ((TOKENS, of_tokens), (HEADS, kinds)):
+        for (heads, width), (norm, rope), dtype in itertools.product(sizes, pairs, narrow_and_wide):
             yield f"{heads} x {width}, {norm}, {rope}, {short(dtype)}", _rotary(heads, width, dtype, norm, rope)
+    for (network, (heads, width)), dtype in itertools.product(shapes.HEADS.items(), narrow_and_wide):
+        norm, rope = ("pixel", None) if network.startswith("EDM2") else ("rms", "interleaved")
+        yield f"{heads} x {width}, {norm}, {rope}, {short(dtype)}", _rotary(heads, width, dtype, norm, rope)
     for (heads, width), (norm, rope), dtype in itertools.product(HEADS, (("rms", "interleaved"), ("pixel", None)), narrow_and_wide):
         name = f"{heads} x {width}, {norm}, {rope}, {short(dtype)}, tokens innermost"
         yield name, _rotary(heads, width, dtype, norm, rope, tokens="innermost")
