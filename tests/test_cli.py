@@ -49,7 +49,7 @@ def test_demo_is_full_unless_told(ran):
 
 def test_a_missing_folder_is_said_and_not_a_traceback(ran, capsys, tmp_path):
     assert cli.main(["demo", "--data", str(tmp_path / "none")]) == 2
-    assert "is not a folder" in capsys.readouterr().err
+    assert "must be a folder of images" in capsys.readouterr().err
     assert not ran
 
 

@@ -46,7 +46,7 @@ class ImageData:
 def _standardise(name: str, pixels: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> ImageData:
     mean, std = float(pixels.double().mean()), float(pixels.double().std())
     if std == 0:
-        raise ValueError(f"data: every pixel of '{name}' has the value {mean}; expected images that differ")
+        raise ValueError(f"data must hold images that differ, got '{name}', whose every pixel is {mean}")
     scale = std / SIGMA_DATA
     return ImageData(name, (pixels - mean) / scale, labels, class_names, scale, mean)
 
@@ -76,25 +76,25 @@ def load_folder(folder: str | Path, size: int = 16) -> ImageData:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"data: '{folder}' is not a folder; expected a folder of images")
+        raise ValueError(f"data must be a folder of images, got '{folder}', which is no folder")
     if size < 8 or size % 4:
-        raise ValueError(f"size: got {size}; expected a multiple of 4, at least 8")
+        raise ValueError(f"size must be a multiple of 4, at least 8, got {size}")
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if len(paths) < MIN_IMAGES:
-        raise ValueError(f"data: found {len(paths)} images in '{folder}'; expected at least {MIN_IMAGES}")
+        raise ValueError(f"data must hold at least {MIN_IMAGES} images, got {len(paths)} in '{folder}'")
     top = [p.relative_to(folder).parts[0] for p in paths]
     used = [c for c in classes if c in set(top)]
     loose = sum(t not in set(used) for t in top)
     if used and loose:
-        raise ValueError(f"data: '{folder}' has class folders {used[:5]} and {loose} images beside them; expected one or the other")
+        raise ValueError(f"data must hold class folders or images, got folders {used[:5]} and {loose} images beside them in '{folder}'")
     class_names = tuple(used) or (folder.resolve().name,)
     labels = torch.tensor([used.index(t) if used else 0 for t in top])
     counts = labels.bincount(minlength=len(class_names))
     fewest = int(counts.min())
     if fewest < MIN_PER_CLASS:
         name = class_names[int(counts.argmin())]
-        raise ValueError(f"data: class '{name}' has {fewest} images; expected at least {MIN_PER_CLASS}")
+        raise ValueError(f"data must hold at least {MIN_PER_CLASS} images of each class, got {fewest} of '{name}'")
     pixels = torch.stack([_pixels(p, size) for p in paths])  # [N, 3, size, size]
     if bool((pixels == pixels[:, :1]).all()):
         pixels = pixels[:, :1].contiguous()

@@ -91,11 +91,11 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """
     for name, value in (("a", a), ("b", b)):
         if value.ndim != 2 or len(value) < 2:
-            raise ValueError(f"{name}: got shape {value.shape}; expected [n, features] with n >= 2")
+            raise ValueError(f"{name} must be [n, features] with n >= 2, got shape {list(value.shape)}")
         if not np.isfinite(value).all():
-            raise ValueError(f"{name}: got non-finite features")
+            raise ValueError(f"{name} must be finite, got {int((~np.isfinite(value)).sum())} features that are not")
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"b: got {b.shape[1]} features, expected {a.shape[1]} as in a")
+        raise ValueError(f"b must have {a.shape[1]} features, as a has, got {b.shape[1]}")
     a, b = a.astype(np.float64), b.astype(np.float64)
     mean = a.mean(0) - b.mean(0)
     root_a = np.linalg.qr(a - a.mean(0), mode="r") / np.sqrt(len(a) - 1)  # cov_a = root_a^T root_a

@@ -56,7 +56,7 @@ class Judge:
     def frechet(self, samples: Tensor) -> float:
         """Distance of as many samples as there are held-out images, in the order of `labels`."""
         if samples.shape[0] != len(self.labels):
-            raise ValueError(f"samples: got {samples.shape[0]}; expected {len(self.labels)}, one for each held-out image")
+            raise ValueError(f"samples must be {len(self.labels)}, one for each held-out image, got {samples.shape[0]}")
         return frechet_distance(self.extractor.features(samples), self.held_out_features)
 
     def judge(self, sampler: Callable[[Tensor, int], tuple[Tensor, int]], sets: int | None = None) -> Verdict:

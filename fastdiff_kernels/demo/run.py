@@ -53,7 +53,7 @@ def run_demo(
         What ``metrics.json`` holds.
     """
     if workers < 1:
-        raise ValueError(f"workers: got {workers}; expected at least 1")
+        raise ValueError(f"workers must be at least 1, got {workers}")
     data = load_digits() if data is None else data
     out = Path(out)
     start = time.perf_counter()

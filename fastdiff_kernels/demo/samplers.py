@@ -70,7 +70,7 @@ class EvenSkip(FixedSkip):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.calls <= self.steps:
-            raise ValueError(f"calls: got {self.calls}; expected 1 to steps={self.steps}")
+            raise ValueError(f"calls must be from 1 to steps={self.steps}, got {self.calls}")
 
     def computes(self, step: int) -> bool:
         return any(step == i * self.steps // self.calls for i in range(self.calls))

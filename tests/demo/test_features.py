@@ -41,11 +41,11 @@ def test_of_a_set_with_itself_is_zero_even_with_a_singular_covariance():
 
 def test_bad_input_is_refused():
     a = np.zeros((5, 3))
-    with pytest.raises(ValueError, match="b: got 2 features"):
+    with pytest.raises(ValueError, match="b must have 3 features, as a has, got 2"):
         frechet_distance(a, np.zeros((5, 2)))
-    with pytest.raises(ValueError, match="a: got shape"):
+    with pytest.raises(ValueError, match=r"a must be \[n, features\] with n >= 2, got shape"):
         frechet_distance(np.zeros(5), a)
-    with pytest.raises(ValueError, match="b: got non-finite"):
+    with pytest.raises(ValueError, match="b must be finite, got"):
         frechet_distance(a, np.full((5, 3), np.nan))
 
 

@@ -126,7 +126,7 @@ def test_an_interrupted_run_resumes_and_ends_as_an_uninterrupted_one(finished, f
 
 
 def test_fewer_workers_than_one_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="workers: got 0"):
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         run_demo(TINY, tmp_path, workers=0)
 
 

@@ -60,7 +60,7 @@ def test_an_even_stride_costs_exactly_the_calls_asked_for(calls):
 
 
 def test_an_even_stride_of_no_calls_is_refused():
-    with pytest.raises(ValueError, match="calls: got 21"):
+    with pytest.raises(ValueError, match="calls must be from 1 to steps=20, got 21"):
         EvenSkip(every=1, calls=21, steps=20)
 
 
