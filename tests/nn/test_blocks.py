@@ -270,6 +270,15 @@ def test_bad_input(name, change, error, message):
         CASES[name].make()(*change(*CASES[name].inputs()))
 
 
+@pytest.mark.parametrize("weight", [torch.zeros(3 * C, C, dtype=torch.int8), lambda: None], ids=["int8", "method"])
+def test_quantised_layers_are_not_asked_for_a_dtype(weight):
+    block, (x, condition) = CASES["dit"].make(torch.float32), CASES["dit"].inputs(torch.float32)
+    expected, quantised = block(x, condition), torch.nn.Identity()
+    quantised.forward, quantised.in_features, quantised.weight = block.qkv.forward, C, weight
+    block.qkv = quantised
+    torch.testing.assert_close(block(x, condition), expected)
+
+
 def test_autocast_does_not_narrow_float64():
     block, (x, condition) = CASES["dit"].make(torch.float32), CASES["dit"].inputs(torch.float32)
     with torch.autocast("cpu"), pytest.raises(TypeError, match=r"condition must be torch.float32, .* got torch.float64"):

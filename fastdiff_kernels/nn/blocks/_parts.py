@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_choice, check_count, check_positive
+from ...ops._checks import DTYPES
 from ...ops.attention import MAX_HEAD_DIM
 from .._checks import divides
 from .._policy import apply
@@ -41,8 +42,12 @@ def feed_forward(dim: int, mlp_ratio: float) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
 
-def check_dtypes(weight: Tensor, **inputs: Tensor) -> None:
-    """Raise unless layers of weight's dtype take the inputs: of the same dtype or, under autocast, any but float64."""
+def check_dtypes(layer: nn.Module, **inputs: Tensor) -> None:
+    """Raise unless layers like this one take the inputs: of their dtype or, under autocast, any but float64."""
+    weight = layer.weight
+    # What takes a layer's place in quantisation knows itself what it can do.
+    if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
+        return
     for name, x in inputs.items():
         if x.dtype != weight.dtype and not _autocast_takes(x, weight):
             raise TypeError(f"{name} must be {weight.dtype}, the dtype of the parameters, got {x.dtype}")

@@ -84,7 +84,7 @@ class DiTBlock(nn.Module):
         hidden = x.hidden if isinstance(x, Carry) else x
         sequence("x", hidden, self.qkv.in_features)
         vectors("condition", condition, hidden.shape[0], self.modulation.in_features)
-        check_dtypes(self.qkv.weight, x=hidden, condition=condition)
+        check_dtypes(self.qkv, x=hidden, condition=condition)
         check_rope(rope)
         modulation = beside(self.modulation(F.silu(condition)), hidden)  # [B, 6C]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)  # [B, C] each

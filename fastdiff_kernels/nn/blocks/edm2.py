@@ -86,7 +86,7 @@ class EDM2AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W], contiguous or channels_last -> [B, C, H, W] of x's dtype and layout."""
         feature_map(x, self.qkv.in_features)
-        check_dtypes(self.qkv.weight, x=x)
+        check_dtypes(self.qkv, x=x)
         packed = self.qkv(pixels(x)).unflatten(2, (3 * self.num_heads, -1))  # [B, N, 3 heads, D]
         packed = apply(self.policy, "pixel_norm", packed, eps=self.eps).unflatten(2, (3, self.num_heads))  # [B, N, 3, heads, D]
         attended = apply(self.policy, "attention_packed", packed).flatten(2)  # [B, N, C]

@@ -81,7 +81,7 @@ class MMDiTBlock(nn.Module):
         sequence("x", x, self.qkv.in_features)
         sequence("context", context, self.qkv.in_features, x.shape[0])
         vectors("condition", condition, x.shape[0], self.modulation.in_features)
-        check_dtypes(self.qkv.weight, x=x, context=context, condition=condition)
+        check_dtypes(self.qkv, x=x, context=context, condition=condition)
         condition = F.silu(condition)
         mods = beside(self.modulation(condition), x).chunk(6, dim=1)  # [B, C] each
         context_mods = beside(self.context_modulation(condition), context).chunk(2 if self.context_pre_only else 6, dim=1)

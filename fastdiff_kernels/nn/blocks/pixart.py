@@ -77,7 +77,7 @@ class PixArtBlock(nn.Module):
         """
         sequence("x", x, self.qkv.in_features)
         sequence("context", context, self.cross_kv.in_features, x.shape[0])
-        check_dtypes(self.qkv.weight, x=x, context=context)
+        check_dtypes(self.qkv, x=x, context=context)
         batch, _, dim = x.shape
         if time.shape not in ((batch, 6, dim), (batch, 6 * dim)):
             raise ValueError(f"time must have shape [{batch}, 6, {dim}] or [{batch}, {6 * dim}], got {tuple(time.shape)}")

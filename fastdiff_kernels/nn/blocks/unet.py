@@ -62,7 +62,7 @@ class UNetAttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W], contiguous or channels_last -> [B, C, H, W] of x's dtype and layout."""
         feature_map(x, self.qkv.in_features)
-        check_dtypes(self.qkv.weight, x=x)
+        check_dtypes(self.qkv, x=x)
         weight, bias = beside(self.norm_weight, x), beside(self.norm_bias, x)
         h = apply(self.policy, "group_norm_silu", x, self.num_groups, weight, bias, eps=self.eps, activation=None)
         packed = self.qkv(pixels(h))  # [B, N, 3C]
@@ -119,7 +119,7 @@ class UNetResBlock(nn.Module):
         """x [B, C_in, H, W], condition [B, condition_dim] -> [B, C_out, H, W] of x's dtype."""
         feature_map(x, self.conv1.in_channels)
         vectors("condition", condition, x.shape[0], self.modulation.in_features)
-        check_dtypes(self.modulation.weight, x=x, condition=condition)
+        check_dtypes(self.modulation, x=x, condition=condition)
         h = self.conv1(self._normalise(x, self.norm1_weight, self.norm1_bias))
         scale, shift = self.modulation(F.silu(condition)).to(h.dtype).chunk(2, dim=1)  # [B, C_out] each
         h = self._normalise(h, self.norm2_weight, self.norm2_bias, scale, shift)
