@@ -14,6 +14,7 @@ import fastdiff_kernels
 from fastdiff_kernels import _backends, _choices, _companions, _loader
 from fastdiff_kernels._registry import OPS, Op, overload
 
+from . import other_torch
 from .helpers import outputs_of
 
 FAMILIES = sorted({op.family for op in OPS.values()})
@@ -146,6 +147,12 @@ def test_backends_agree(op: Op, index: int):
         # The seeded normals are float32 values, equal to 2 ulp.
         tolerance = 1e-6 if "seed" in op.arguments else 1e-12
         torch.testing.assert_close(actual, definition, rtol=tolerance, atol=tolerance)
+
+
+def test_every_kernel_equals_its_definition_in_this_torch_as_in_others(capsys):
+    """Companions called by themselves as well: what a library is asked that was taken to another torch."""
+    other_torch.main()
+    assert f"calls of {len(_companions.TABLE)} ops equal their definitions" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("op", "index"), COMPILED)
