@@ -9,12 +9,11 @@ from fastdiff_kernels.reference import group_norm as definition
 from fastdiff_kernels.triton import _group_norm_tiles as tiles
 from fastdiff_kernels.triton import group_norm
 from tests.helpers import assert_bitwise, assert_within_eager
+from tests.shapes import MAPS
 from tests.triton.running import check_budgets, run_interpreted
 
 EPS = 1e-5
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-# Channels of the U-Nets in use, at reduced resolution: EDM and ADM, Stable Diffusion 1.5, SDXL.
-CHANNELS = (256, 320, 384, 576, 640, 768, 1280, 1920, 2560)
 
 
 @pytest.fixture(params=[False, True], ids=["planes", "rows"])
@@ -108,14 +107,14 @@ def test_groups_in_parts(shape, groups, dtypes, channels_last, device):
 
 
 @pytest.mark.executes
-@pytest.mark.parametrize("channels", CHANNELS)
-def test_channels_of_unets(channels, device):
-    check(operands((1, channels, 2, 4), torch.bfloat16, torch.float32, device, channels // 64 % 2 == 0), 32)
+@pytest.mark.parametrize(("channels", "groups"), MAPS.values(), ids=MAPS)
+def test_maps_of_networks(channels, groups, device):
+    check(operands((1, channels, 2, 4), torch.bfloat16, torch.float32, device, channels // 64 % 2 == 0), groups)
 
 
 @pytest.mark.executes
-@pytest.mark.parametrize("width", [c // 32 for c in CHANNELS])
-def test_group_widths_of_unets_in_parts(width, device, monkeypatch):
+@pytest.mark.parametrize("width", sorted({channels // groups for channels, groups in MAPS.values()}))
+def test_group_widths_of_networks_in_parts(width, device, monkeypatch):
     monkeypatch.setattr(tiles, "_WHOLE", 0)
     check(operands((1, 3 * width, 3, 4), torch.float32, torch.float32, device, width % 4 == 0), 3)
 
@@ -198,17 +197,21 @@ def test_other_layouts_are_copied(device):
     assert_bitwise(launched([turned, *vectors], 4, upstream.transpose(2, 3).contiguous().transpose(2, 3)), expected)
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize(("channels", "groups"), MAPS.values(), ids=MAPS)
 @pytest.mark.parametrize("side", [8, 16, 32, 64])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_tiles_cover_every_group_and_are_mostly_full(channels, side, itemsize, channels_last):
+def test_tiles_cover_every_group_and_are_mostly_full(channels, groups, side, itemsize, channels_last):
     strides = (1, channels) if channels_last else (side * side, 1)
-    layout = tiles.Layout(torch.contiguous_format, channels, side * side, 32, *strides)
+    layout = tiles.Layout(torch.contiguous_format, channels, side * side, groups, *strides)
     for operand_count in (1, 2):
         t = tiles.tiles_of(layout, itemsize, operand_count)
         assert t.channels * t.positions * itemsize * operand_count <= 32768
         assert (t.channels & (t.channels - 1)) == (t.positions & (t.positions - 1)) == 0
-        covered = t.channel_blocks * t.group_count * layout.width if t.parts == 1 else t.channel_blocks // 32 // t.parts * 32 * layout.width
+        covered = (
+            t.channel_blocks * t.group_count * layout.width
+            if t.parts == 1
+            else t.channel_blocks // groups // t.parts * groups * layout.width
+        )
         assert covered >= channels
         assert t.parts * t.channels >= layout.width or t.group_count > 1
         assert t.position_blocks * t.positions >= side * side

@@ -9,6 +9,7 @@ from fastdiff_kernels._registry import OPS
 from fastdiff_kernels.reference import modulate as definition
 from fastdiff_kernels.triton import _sums, modulate
 from tests.helpers import assert_bitwise, assert_within_eager, outputs_of
+from tests.shapes import CHANNELS
 from tests.triton.running import check_budgets, run_interpreted
 
 EPS = 1e-5
@@ -70,6 +71,19 @@ def upstream_of(name, x):
     return [torch.randn(x.shape, device=x.device).to(x.dtype) for _ in range(2 if name == "gate_residual_norm_modulate" else 1)]
 
 
+def check(name, args):
+    """Outputs and gradients are as near the float64 truth as the definition's in the same dtype."""
+    upstream = upstream_of(name, args[0])
+    results = launched(name, args, upstream), defined(name, args, upstream, None), defined(name, args, upstream, torch.float64)
+    for actual, eager, truth in zip(*results, strict=True):
+        assert actual.dtype == eager.dtype
+        if args[0].dtype == torch.float64:
+            # The definition is the truth here, and its sums are in another order.
+            torch.testing.assert_close(actual, truth, rtol=1e-13, atol=1e-13)
+        else:
+            assert_within_eager(actual, eager, truth, factor=4.0)
+
+
 @pytest.mark.executes
 @pytest.mark.parametrize(
     ("shape", "kinds", "dtypes"),
@@ -83,40 +97,25 @@ def upstream_of(name, x):
 )
 def test_as_accurate_as_the_definition(shape, kinds, dtypes, device):
     for name, args in calls_of(shape, kinds, *dtypes, device):
-        upstream = upstream_of(name, args[0])
-        results = launched(name, args, upstream), defined(name, args, upstream, None), defined(name, args, upstream, torch.float64)
-        for actual, eager, truth in zip(*results, strict=True):
-            assert actual.dtype == eager.dtype
-            if dtypes[0] == torch.float64:
-                # The definition is the truth here, and its sums are in another order.
-                torch.testing.assert_close(actual, truth, rtol=1e-13, atol=1e-13)
-            else:
-                assert_within_eager(actual, eager, truth, factor=4.0)
+        check(name, args)
 
 
-# Channels of the networks in use, and the ends of what is supported; the rows are few, and end within a tile.
+# And the ends of what is supported; the rows are few, and end within a tile.
 @pytest.mark.executes
-@pytest.mark.parametrize("channels", [8, 320, 1152, 1536, 2240, 2432, 3072, 3840, 5120, 6144, 8192])
+@pytest.mark.parametrize("channels", [8, *CHANNELS.values(), 8192])
 def test_widths_of_networks(channels, device):
-    shape = (1, 3, channels)
-    residual, branch = (torch.randn(shape, device=device).to(torch.bfloat16) for _ in range(2))
+    residual, branch = torch.randn(2, 1, 3, channels, device=device).to(torch.bfloat16)
     gate, shift, scale = torch.randn(1, 6 * channels, device=device).chunk(6, dim=1)[2:5]
-    table = torch.randn(6, channels, device=device)[2:5]
-    args = (residual, branch, gate, shift, scale, table, "layer", EPS)
-    name = "gate_residual_norm_modulate"
-    upstream = upstream_of(name, residual)
-    results = launched(name, args, upstream), defined(name, args, upstream, None), defined(name, args, upstream, torch.float64)
-    for actual, eager, truth in zip(*results, strict=True):
-        assert_within_eager(actual, eager, truth, factor=4.0)
+    weight, table = torch.randn(channels, device=device), torch.randn(6, channels, device=device)[2:5]
+    check("layer_norm_modulate", (residual, shift, scale, table[1:], EPS))
+    check("rms_norm_modulate", (residual, weight, None, scale, None, EPS))
+    check("gate_residual", (residual, branch, gate, table[0]))
+    check("gate_residual_norm_modulate", (residual, branch, gate, shift, scale, table, "layer", EPS))
 
 
 @pytest.mark.executes
 def test_three_sums_over_wide_rows_of_float32(device):
-    name, args = calls_of((1, 3, 4100), ("BC", "C", "BC"), torch.float32, torch.float32, device)[8]
-    upstream = upstream_of(name, args[0])
-    results = launched(name, args, upstream), defined(name, args, upstream, None), defined(name, args, upstream, torch.float64)
-    for actual, eager, truth in zip(*results, strict=True):
-        assert_within_eager(actual, eager, truth, factor=4.0)
+    check(*calls_of((1, 3, 4100), ("BC", "C", "BC"), torch.float32, torch.float32, device)[8])
 
 
 @pytest.mark.executes

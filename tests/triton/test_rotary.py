@@ -13,6 +13,7 @@ from fastdiff_kernels._registry import OPS
 from fastdiff_kernels.reference import rotary as definition
 from fastdiff_kernels.triton import _sums, rotary
 from tests.helpers import assert_bitwise, assert_within_eager
+from tests.shapes import HEADS
 from tests.triton import running
 from tests.triton.running import check_budgets, run_interpreted
 
@@ -20,8 +21,8 @@ EPS = 1e-5
 NORMS = ("rms", "layer", "rms_heads", "layer_heads", "pixel", None)
 # Of q and of what may be float32 beside it.
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float64, torch.float64))
-# Heads and channels of networks: EDM, Stable Diffusion, EDM2, ADM, DiT and PixArt, SD3, Wan; and an odd one.
-SHAPES = ((1, 256), (8, 40), (8, 80), (8, 160), (9, 64), (6, 64), (16, 72), (24, 64), (12, 128), (40, 128), (3, 22))
+# Heads and their widths; and of no network.
+SHAPES = {**HEADS, "none": (3, 22)}
 
 
 def projection(batch, tokens, heads, width, device, layout="packed"):
@@ -95,7 +96,7 @@ def test_every_norm_with_every_rotation(norm, rope, device):
 
 
 @pytest.mark.executes
-@pytest.mark.parametrize(("index", "shape"), list(enumerate(SHAPES)))
+@pytest.mark.parametrize(("index", "shape"), list(enumerate(SHAPES.values())), ids=SHAPES)
 def test_heads_of_networks(index, shape, device):
     q, k, _ = projection(1, 2, *shape, device)
     rope = ("interleaved", "half", None)[index % 3]
