@@ -101,7 +101,7 @@ SHAPES = (TimmAttention, AdaLNBlock, AdaLNOutput)
 def patch(model: nn.Module) -> PatchReport:
     """Replaces adaLN-Zero blocks, the last layer and timm's attention by this package's ops, in place.
 
-    Blocks become two passes over memory for all of norm, modulation, gate and residual beside attention and MLP. Objects, parameters,
+    Blocks become three passes over memory for all of norm, modulation, gate and residual beside attention and MLP. Objects, parameters,
     hooks and `isinstance` stay as they are; a pickle of the whole model, unlike its state dict, wants it unpatched.
 
     Returns:
