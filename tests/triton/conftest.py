@@ -16,7 +16,7 @@ from . import running
 HERE = Path(__file__).parent
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import fastdiff_kernels
@@ -13,24 +15,15 @@ from fastdiff_kernels._registry import OPS
 from fastdiff_kernels.reference import attention as definition
 from fastdiff_kernels.triton import _attention_tiles, attention
 from tests.helpers import assert_bitwise, assert_within_eager, cast
+from tests.shapes import HEAD_WIDTHS
+from tests.triton.drawing import few_examples
 from tests.triton.running import check_budgets, run_interpreted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Query rows, key rows, heads and widths of the networks served, their rows fewer; and widths that are nobody's.
-SHAPES = [
-    pytest.param((1, 100, 100, 1, 256), id="edm"),
-    pytest.param((1, 64, 64, 2, 64), id="edm2"),
-    pytest.param((1, 70, 70, 1, 72), id="dit"),
-    pytest.param((1, 70, 77, 1, 40), id="sd-cross-40"),
-    pytest.param((1, 64, 33, 1, 80), id="sd-cross-80"),
-    pytest.param((1, 33, 64, 1, 160), id="sd-160"),
-    pytest.param((1, 65, 65, 1, 128), id="flux"),
-    pytest.param((1, 40, 70, 1, 96), id="96"),
-    pytest.param((1, 33, 33, 1, 192), id="adm-128"),
-    pytest.param((1, 34, 40, 1, 112), id="sana"),
-    pytest.param((1, 40, 33, 2, 8), id="unet-2d"),
-    pytest.param((2, 7, 9, 2, 5), id="odd"),
-]
+# Query and key rows: whole blocks of them, and parts; the text of Stable Diffusion is 77 keys.
+ROWS = ((100, 100), (64, 64), (70, 77), (64, 33), (33, 64), (40, 70), (34, 40))
+# With the heads' widths of networks and with widths that are nobody's; a head is a program of its own, so that two stand for all.
+SHAPES = [(1, *ROWS[i % len(ROWS)], 1 + i % 2, width) for i, width in enumerate((*HEAD_WIDTHS, 96, 5))]
 
 
 def operands(shape, dtype, device="cpu", tangents=False):
@@ -69,7 +62,7 @@ def differentiated(fn, q, k, v, scale, dtype=None):
 
 @pytest.mark.executes
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_accurate_as_eager(shape, dtype, device):
     q, k, v = operands(shape, dtype, device)
     scale = shape[-1] ** -0.5
@@ -230,6 +223,23 @@ def test_nothing_gives_zeros(shape, device):
     assert (lse == -torch.inf).all()
     assert not any(x.any() for x in (out, *grads))
     assert not any(x.any() for x in attention.attention_dual(q, k, v, 0.2, None, *tangents)[2:])
+
+
+@pytest.mark.executes
+@few_examples
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(0, 20), st.integers(1, 20), st.integers(1, 2), st.integers(1, 40)),
+    scale=st.sampled_from([0.0, -0.7, 0.3]),
+    data=st.data(),
+)
+def test_any_shape_and_any_lengths(shape, scale, data, device):
+    batch, _, keys, _, _ = shape
+    given_ = data.draw(st.none() | st.lists(st.integers(-2, keys + 3), min_size=batch, max_size=batch))
+    lengths = None if given_ is None else torch.tensor(given_, dtype=torch.int64, device=device)
+    q, k, v = operands(shape, torch.float32, device)
+    truth = differentiated(lambda *args: definition.attention(*args, lengths), q, k, v, scale, torch.float64)
+    for actual, exact in zip(launched(q, k, v, scale, lengths), truth, strict=True):
+        torch.testing.assert_close(actual, exact.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_in_the_interpreter():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastdiff_kernels.triton import _sums, distillation
 from tests.helpers import FLOATS, assert_bitwise
 from tests.triton.accuracy import check, constants, normals
+from tests.triton.drawing import few_examples, laid_out, shapes
 from tests.triton.running import check_budgets, run_interpreted
 
 # Every dtype once, every kind of shape once: the interpreter is slow.
@@ -74,6 +77,18 @@ def test_a_sample_does_not_depend_on_its_batch(device):
     assert_bitwise(distillation.sim_loss(*of_second, None, None, None, one, one, "pseudo_huber"), [o[1:] for o in whole])
     whole = distillation.moment_matching_auxiliary_loss_recorded(*operands, one, [True])
     assert_bitwise(distillation.moment_matching_auxiliary_loss_recorded(*of_second, one, [True]), [o[1:] for o in whole])
+
+
+@pytest.mark.executes
+@few_examples
+@given(shape=shapes, permuted=st.booleans(), call=st.integers(0, 2), common=st.tuples(*[st.booleans()] * 2))
+def test_any_shape_layout_and_form_of_constants(shape, permuted, call, common, device):
+    *tensors, weight, c, distance = sim_calls(shape, torch.float64, device)[call]
+    weight, c = (t[:1].expand(1 if one else shape[0]).contiguous() for t, one in zip((torch.ones_like(c), c), common, strict=True))
+    operands = [t if t is None or t.dim() < 2 else laid_out(t, permuted) for t in tensors]
+    check(distillation, "sim_loss", (*operands, weight, c, distance))
+    for name in MOMENT_LOSSES:
+        check(distillation, name, (*operands[:3], weight))
 
 
 def test_in_the_interpreter():

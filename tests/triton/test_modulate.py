@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastdiff_kernels._registry import OPS
 from fastdiff_kernels.reference import modulate as definition
 from fastdiff_kernels.triton import _sums, modulate
 from tests.helpers import assert_bitwise, assert_within_eager, outputs_of
 from tests.shapes import CHANNELS
+from tests.triton.drawing import few_examples
 from tests.triton.running import check_budgets, run_interpreted
 
 EPS = 1e-5
@@ -173,6 +176,17 @@ def test_no_rows(shape, device):
     for name, args in calls_of(shape, ("BC", "C", "B1C"), torch.float32, torch.float32, device):
         for result in launched(name, args, upstream_of(name, args[0])):
             assert not result.any()
+
+
+@pytest.mark.executes
+@few_examples
+@given(
+    call=st.integers(0, 9),
+    shape=st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(1, 40)),
+    kinds=st.tuples(*[st.sampled_from(sorted(MODULATIONS))] * 3),
+)
+def test_any_shape_and_modulation(call, shape, kinds, device):
+    check(*calls_of(shape, kinds, torch.float64, torch.float64, device)[call])
 
 
 def test_in_the_interpreter():

@@ -8,6 +8,8 @@ from unittest import mock
 import pytest
 import torch
 import triton
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastdiff_kernels._registry import OPS
 from fastdiff_kernels.reference import rotary as definition
@@ -15,6 +17,7 @@ from fastdiff_kernels.triton import _sums, rotary
 from tests.helpers import assert_bitwise, assert_within_eager
 from tests.shapes import HEADS
 from tests.triton import running
+from tests.triton.drawing import few_examples
 from tests.triton.running import check_budgets, run_interpreted
 
 EPS = 1e-5
@@ -221,6 +224,20 @@ def test_refuses_float64_tokens_that_its_registers_do_not_hold():
     assert "at most 4096 channels, powers of two by heads, of a token in float64; there are 8192" in reason(33, "rms_heads")
     assert reason(33, "rms") is None
     assert reason(33, "rms_heads", torch.float32) is None
+
+
+@pytest.mark.executes
+@few_examples
+@given(
+    norm=st.sampled_from(NORMS),
+    rope=st.sampled_from(["interleaved", "half", None]),
+    shape=st.tuples(st.integers(0, 2), st.integers(0, 9), st.integers(1, 4), st.integers(1, 20).map(lambda half: 2 * half)),
+    batched=st.booleans(),
+    layout=st.sampled_from(["packed", "tokens innermost"]),
+)
+def test_any_shape(norm, rope, shape, batched, layout, device):
+    q, k, _ = projection(*shape, device, layout)
+    check(arguments(q, k, norm, rope, DTYPES[3], batched))
 
 
 def test_in_the_interpreter():

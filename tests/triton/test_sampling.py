@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastdiff_kernels.reference import philox
 from fastdiff_kernels.triton import _sums, sampling
 from tests.helpers import FLOATS, assert_bitwise
 from tests.triton.accuracy import check, constants, normals
+from tests.triton.drawing import few_examples, laid_out, shapes
 from tests.triton.running import check_budgets, run_interpreted
 
 # Every dtype once, every kind of shape once: the interpreter is slow.
@@ -68,6 +71,17 @@ def test_a_sample_does_not_depend_on_its_batch(device):
     assert_bitwise(sampling.guided_step(x[1:], denoised[1:], one, 0.5 * one, None, one), [o[1:] for o in whole])
     drawn = sampling.posterior_sample(denoised, x, 0.5 * one, one, torch.tensor(3), 0)
     assert_bitwise(sampling.posterior_sample(denoised[1:], x[1:], 0.5 * one, one, torch.tensor(3), 1), drawn[1:])
+
+
+@pytest.mark.executes
+@few_examples
+@given(shape=shapes, permuted=st.booleans(), common=st.tuples(*[st.booleans()] * 3), seed=st.integers(-(2**63), 2**63 - 1))
+def test_any_shape_layout_and_form_of_constants(shape, permuted, common, seed, device):
+    x, denoised, uncond = (laid_out(t, permuted) for t in normals(shape, torch.float64, device, 3))
+    share, sigma, guidance = constants(shape[0], torch.float64, device, [1 if one else shape[0] for one in common])
+    lower = 0.5 * share * sigma.min() if sigma.numel() else share
+    check(sampling, "guided_step", (x, denoised, sigma, lower, uncond, guidance))
+    check(sampling, "posterior_sample", (denoised, x, lower, sigma, torch.tensor(seed), 2**33))
 
 
 def test_in_the_interpreter():

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastdiff_kernels.reference import schedule as definition
 from fastdiff_kernels.triton import _sums, schedule
 from tests.helpers import FLOATS, assert_bitwise, assert_within_eager
+from tests.triton.accuracy import check, constants, normals
+from tests.triton.drawing import few_examples, laid_out, shapes
 from tests.triton.running import check_budgets, run_interpreted
 
 
@@ -62,6 +66,15 @@ def test_bad_schedules_come_back_as_nan_and_good_ones_beside_them_do_not(device)
     assert levels[1:].isnan().all()
     assert_bitwise(levels.isnan(), definition.integrate_schedule(sigmas, costs, 4).isnan())
     assert schedule.integrate_schedule(sigmas[:0], costs[:0], 4, "pchip").shape == (0, 5)
+
+
+@pytest.mark.executes
+@few_examples
+@given(shape=shapes, permuted=st.booleans(), common=st.tuples(*[st.booleans()] * 2), sigma_data=st.floats(0.1, 3))
+def test_cost_of_any_shape_layout_and_form_of_levels(shape, permuted, common, sigma_data, device):
+    inputs = [laid_out(t, permuted) for t in normals(shape, torch.float64, device, 3)]
+    low, high = constants(shape[0], torch.float64, device, [1 if one else shape[0] for one in common])
+    check(schedule, "incremental_cost", (*inputs, low, 4 * high, sigma_data))
 
 
 def test_in_the_interpreter():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastdiff_kernels.reference import philox
 from fastdiff_kernels.reference import score_matching as definition
@@ -12,6 +14,7 @@ from fastdiff_kernels.triton import _sums, score_matching
 from fastdiff_kernels.triton._scale import scale_samples_
 from tests.helpers import FLOATS, assert_bitwise
 from tests.triton.accuracy import check, constants, normals
+from tests.triton.drawing import few_examples, laid_out, shapes
 from tests.triton.running import check_budgets, run_interpreted
 
 # Every dtype once, every kind of shape once: the interpreter is slow.
@@ -104,6 +107,19 @@ def test_a_seed_stands_for_its_noise(device):
     assert_bitwise(seeded, score_matching.lcss_loss(x, z, None, sigma, gamma, weight))
     truth = definition.lcss_loss_stored(x.double(), z.double(), None, sigma.double(), gamma.double(), weight.double())
     torch.testing.assert_close(seeded.double(), truth)
+
+
+@pytest.mark.executes
+@few_examples
+@given(shape=shapes, permuted=st.booleans(), common=st.tuples(*[st.booleans()] * 3), seed=st.integers(-(2**63), 2**63 - 1))
+def test_any_shape_layout_and_form_of_constants(shape, permuted, common, seed, device):
+    x, z, m = (laid_out(t, permuted) for t in normals(shape, torch.float64, device, 3))
+    sigma, gamma, weight = constants(shape[0], torch.float64, device, [1 if one else shape[0] for one in common])
+    stored, seeded = (x, z, m, sigma, gamma, weight), (x, torch.tensor(seed), None, sigma, gamma, weight, 3)
+    check(score_matching, "lcss_loss", stored)
+    check(score_matching, "lcss_loss_backward", (torch.randn(shape[0], device=device).double(), *stored, [True, True, True]))
+    check(score_matching, "lcss_loss_seeded", seeded)
+    check(score_matching, "denoising_loss", (x, z, weight))
 
 
 def test_in_the_interpreter():

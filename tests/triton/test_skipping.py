@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastdiff_kernels.reference import skipping as definition
 from fastdiff_kernels.triton import _sums, skipping
 from tests.helpers import FLOATS, assert_bitwise, assert_within_eager
 from tests.samples import skipping as samples
+from tests.triton.accuracy import check
+from tests.triton.drawing import few_examples, laid_out, shapes
 from tests.triton.running import check_budgets, run_interpreted
 
 SHAPES = [(2, 3), (3, 4, 5, 7), (1, _sums.CHUNK + 1), (2, 5 * _sums.CHUNK - 3), (4,), (0, 5)]
@@ -125,6 +129,13 @@ def test_step_of_nothing(device):
     none = (None,) * 8
     out = skipping.solver_step(x, x, *none, state, 2.0, 1.0, 1.0, 1.0, 1.0, 0.0, *[1.0] * 4, "official", 0.1, 4, True, False)
     assert [t.shape[0] for t in out] == [0, 0, 0, 0]
+
+
+@pytest.mark.executes
+@few_examples
+@given(shape=shapes, permuted=st.booleans())
+def test_difference_of_any_shape_and_layout(shape, permuted, device):
+    check(skipping, "third_order_difference", [laid_out(x, permuted) for x in latents(shape, torch.float64, device)])
 
 
 def test_in_the_interpreter():
