@@ -90,7 +90,7 @@ class DiT(nn.Module):
         Returns:
             [B, out_channels, H, W], in the parameters' dtype under autocast too.
         """
-        network_input(x, noise_level, self.in_channels, self.patch_size)
+        network_input(x, noise_level, self.in_channels, self.patch_size, self.patch_in)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         if self.grid is not None and self.grid != (rows, columns):
             raise ValueError(f"x must have the {self.grid[0]}x{self.grid[1]} patches that positions were learned for, got {rows}x{columns}")

@@ -30,15 +30,16 @@ class ConditionEmbedding(nn.Module):
         super().__init__()
         divides("2", 2, "dim", check_count(dim, "dim", 2))
         self.num_classes = check_count(num_classes, "num_classes", 0)
-        waves = torch.logspace(math.log10(_LONGEST_WAVE), math.log10(_SHORTEST_WAVE), dim // 2)
-        self.frequencies: torch.Tensor
-        self.register_buffer("frequencies", 2 * math.pi / waves, persistent=False)  # [dim/2]
+        self.dim = dim
         self.class_table = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.hidden, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def forward(self, noise_level: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """noise_level [B] floating, class_labels int64 [B] or None (the null class) -> [B, dim] of the parameters' dtype."""
-        angles = noise_level.to(self.frequencies.dtype)[:, None] * self.frequencies  # [B, dim/2]
+        # Made anew, since a buffer would be rounded to the dtype that the network is converted to, and the angles with it.
+        waves = torch.logspace(math.log10(_LONGEST_WAVE), math.log10(_SHORTEST_WAVE), self.dim // 2, device=noise_level.device)  # [dim/2]
+        wide = torch.promote_types(self.hidden.weight.dtype, torch.float32)
+        angles = noise_level.to(wide)[:, None] * (2 * math.pi / waves)  # [B, dim/2]
         embedding = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.hidden.weight.dtype)  # [B, dim]
         if self.class_table is not None:
             embedding = embedding + self.class_table(self._labels(class_labels, noise_level))

@@ -12,6 +12,7 @@ from .._checks import check_count
 from ._checks import divides, network_input
 from ._policy import apply, check_policy
 from .blocks import UNetAttentionBlock, UNetResBlock
+from .blocks._parts import beside
 from .embedding import ConditionEmbedding, full_precision_output, zero_init
 
 
@@ -120,7 +121,7 @@ class UNet(nn.Module):
         Returns:
             [B, out_channels, H, W], in the parameters' dtype under autocast too.
         """
-        network_input(x, noise_level, self.in_channels, self.downsampling)
+        network_input(x, noise_level, self.in_channels, self.downsampling, self.conv_in)
         condition = self.embedding(noise_level, class_labels)
         h = self.conv_in(x)
         skips = [h]
@@ -131,5 +132,5 @@ class UNet(nn.Module):
             h = stage(h, condition)
         for stage in self.up:
             h = stage(h, condition, skips.pop())
-        h = apply(self.policy, "group_norm_silu", h, self.num_groups, self.norm_weight, self.norm_bias)
+        h = apply(self.policy, "group_norm_silu", h, self.num_groups, beside(self.norm_weight, h), beside(self.norm_bias, h))
         return full_precision_output(self.conv_out, h)

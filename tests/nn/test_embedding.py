@@ -12,13 +12,22 @@ def test_null_class_is_what_no_labels_mean():
     assert not torch.equal(embedding(level), embedding(level, torch.full((4,), 4)))
 
 
-def test_noise_levels_are_told_apart():
-    level = torch.linspace(-1.6, 1.1, 200)
-    waves = torch.cat(
-        [(level[:, None] * ConditionEmbedding(64).frequencies).cos(), (level[:, None] * ConditionEmbedding(64).frequencies).sin()], 1
-    )
-    distance = torch.cdist(waves, waves) + 10 * torch.eye(200)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_levels_are_told_apart(dtype):
+    embedding, level, seen = ConditionEmbedding(64).to(dtype), torch.linspace(-1.6, 1.1, 200), []
+    embedding.hidden.register_forward_pre_hook(lambda _, args: seen.append(args[0].float()))
+    embedding(level)
+    distance = torch.cdist(seen[0], seen[0]) + 10 * torch.eye(200)
     assert distance.min() > 0.1
+
+
+def test_noise_levels_are_not_rounded_to_the_parameters_dtype():
+    wide, narrow, seen = ConditionEmbedding(64), ConditionEmbedding(64).bfloat16(), []
+    for embedding in (wide, narrow):
+        embedding.hidden.register_forward_pre_hook(lambda _, args: seen.append(args[0].float()))
+        embedding(torch.linspace(-1.6, 1.1, 200))
+    # Waves in [-1, 1] are then rounded once.
+    torch.testing.assert_close(seen[1], seen[0], rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

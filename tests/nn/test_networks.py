@@ -119,6 +119,23 @@ def test_runs_in_bfloat16(make):
 
 
 @every_network
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_bfloat16_parameters_run_under_any_autocast(make, autocast):
+    network = randomised(make())
+    expected = network(*inputs())
+    with torch.autocast("cpu", autocast):
+        found = network.to(torch.bfloat16)(*inputs())
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() < 0.2 * expected.norm()
+
+
+@every_network
+def test_an_input_of_another_dtype_than_the_parameters_is_named(make):
+    with pytest.raises(TypeError, match=r"x must be torch\.float32, the dtype of the parameters, got torch\.bfloat16"):
+        make()(*inputs(dtype=torch.bfloat16))
+
+
+@every_network
 def test_works_as_a_denoiser(make):
     x, level, labels = inputs()
     denoiser = EDMPrecond(randomised(make()), 0.5)

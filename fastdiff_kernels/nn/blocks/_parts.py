@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_choice, check_count, check_positive
-from ...ops._checks import DTYPES
 from ...ops.attention import MAX_HEAD_DIM
 from .._checks import divides
 from .._policy import apply
@@ -40,23 +39,6 @@ def feed_forward(dim: int, mlp_ratio: float) -> nn.Sequential:
     if hidden < 1:
         raise ValueError(f"mlp_ratio must leave at least one hidden channel, got mlp_ratio={mlp_ratio} with dim={dim}")
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
-
-
-def check_dtypes(layer: nn.Module, **inputs: Tensor) -> None:
-    """Raise unless layers like this one take the inputs: of their dtype or, under autocast, any but float64."""
-    weight = layer.weight
-    # What takes a layer's place in quantisation knows itself what it can do.
-    if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
-        return
-    for name, x in inputs.items():
-        if x.dtype != weight.dtype and not _autocast_takes(x, weight):
-            raise TypeError(f"{name} must be {weight.dtype}, the dtype of the parameters, got {x.dtype}")
-
-
-def _autocast_takes(x: Tensor, weight: Tensor) -> bool:
-    device = x.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return enabled and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
 
 
 def check_rope(rope: tuple[Tensor, Tensor] | None) -> None:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._checks import check_count
-from .._checks import sequence, vectors
+from .._checks import check_dtypes, sequence, vectors
 from .._policy import apply, check_policy
 from ..embedding import zero_init
-from ._parts import attend_to_itself, beside, check_dtypes, check_heads, check_qk_norm, check_rope, feed_forward, qk_weight
+from ._parts import attend_to_itself, beside, check_heads, check_qk_norm, check_rope, feed_forward, qk_weight
 
 
 class Carry(NamedTuple):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._checks import check_number, check_positive
-from .._checks import feature_map
+from .._checks import check_dtypes, feature_map
 from .._policy import apply, check_policy
-from ._parts import check_dtypes, check_heads, pixels
+from ._parts import check_heads, pixels
 
 
 class MagnitudePreservingLinear(nn.Module):

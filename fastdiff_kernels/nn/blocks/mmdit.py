@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._checks import check_count
-from .._checks import sequence, vectors
+from .._checks import check_dtypes, sequence, vectors
 from .._policy import apply, check_policy
 from ..embedding import zero_init
-from ._parts import beside, check_dtypes, check_heads, check_qk_norm, feed_forward, normalise_and_rotate, qk_weight, split_heads
+from ._parts import beside, check_heads, check_qk_norm, feed_forward, normalise_and_rotate, qk_weight, split_heads
 
 
 class MMDiTBlock(nn.Module):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_count
-from .._checks import sequence
+from .._checks import check_dtypes, sequence
 from .._policy import apply, check_policy
 from ..embedding import zero_init
-from ._parts import HEAD_NORMS, attend_to_itself, beside, check_dtypes, check_heads, check_qk_norm, feed_forward, qk_weight, split_heads
+from ._parts import HEAD_NORMS, attend_to_itself, beside, check_heads, check_qk_norm, feed_forward, qk_weight, split_heads
 
 
 class PixArtBlock(nn.Module):

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._checks import check_count, check_number, check_positive
-from .._checks import divides, feature_map, vectors
+from .._checks import check_dtypes, divides, feature_map, vectors
 from .._policy import apply, check_policy
 from ..embedding import zero_init
-from ._parts import attend_to_itself, beside, check_dtypes, check_heads, check_qk_norm, pixels, qk_weight
+from ._parts import attend_to_itself, beside, check_heads, check_qk_norm, pixels, qk_weight
 
 
 class UNetAttentionBlock(nn.Module):
