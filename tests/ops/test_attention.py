@@ -284,6 +284,20 @@ def test_one_key_is_its_value():
     assert_bitwise(ops.attention(q, k, v), v.expand(2, 9, 2, 8).contiguous())
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("width", [1, 8, 72, 256])
+def test_the_logit_of_one_key_has_a_gradient_of_roundings_alone(width, dtype):
+    """Its probability is 1 whatever it is. The gradient is <grad, v> - <grad, output>, two sums of the same products in different orders:
+    where eager's softmax gives exactly 0, roundings of these sums may be left."""
+    q, k, v = (t.to(dtype) for t in operands(2, 5, 1, 2, width))
+    output, grad_q, grad_k, _ = gradients(ops.attention, [q, k, v])
+    products = (torch.cos(output) * v).double().abs().sum(-1, keepdim=True)  # [B, N, H, 1]
+    left = 4 * torch.finfo(torch.float32).eps * width**-0.5 * products
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert (grad_q.abs() <= left * k.abs() + least).all()
+    assert (grad_k.abs() <= (left * q.abs()).sum(1, keepdim=True) + least).all()
+
+
 def test_equal_logits_give_the_mean():
     q, k, v = (t.double() for t in operands(2, 9, 12, 2, 8))
     torch.testing.assert_close(ops.attention(q, k, v, scale=0.0), v.mean(1, keepdim=True).expand(2, 9, 2, 8))
