@@ -56,6 +56,8 @@ class AdaptiveSkip:
             raise TypeError(f"threshold must be a number, got {type(self.threshold).__name__}")
         if not (self.threshold >= 0 and math.isfinite(self.threshold)):
             raise ValueError(f"threshold must be finite and not negative, got {self.threshold}")
+        # The ops take Python's own numbers.
+        object.__setattr__(self, "threshold", float(self.threshold))
         check_count(self.max_skip, "max_skip")
         if not isinstance(self.per_sample, bool):
             raise TypeError(f"per_sample must be a bool, got {type(self.per_sample).__name__}")

@@ -6,8 +6,11 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
+from numbers import Real
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -451,6 +454,15 @@ def test_sixteen_bit_trajectories_stay_sixteen_bit(rule: AdaptiveSkip) -> None:
     result = sample(two_points, torch.randn(4, 64).bfloat16(), Schedule.karras(30, 0.05, 20.0), skip=rule)
     assert result.samples.dtype == torch.bfloat16
     assert result.skipped.any()
+
+
+@pytest.mark.parametrize("threshold", [np.float32(0.25), Fraction(1, 4)])
+def test_any_real_number_is_a_threshold(threshold: Real) -> None:
+    assert AdaptiveSkip(threshold) == AdaptiveSkip(0.25)
+    results = [
+        sample(two_points, torch.ones(2, 8), Schedule.karras(20, 0.05, 40.0), skip=AdaptiveSkip(t)).samples for t in (threshold, 0.25)
+    ]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(
