@@ -38,6 +38,8 @@ ATTENTION_GPU = {
     "Wan-14B": (1, 75600, 40, 128),
 }
 ATTENTION = ATTENTION_GPU if GPU else _ATTENTION_CPU
+# Cross-attention to captions: the queries, and how many keys.
+CROSS = {"PixArt-1024 captions": ((2 if GPU else 1, 4096, 16, 72), 120)}
 
 # Batch, rows, channels of what is normalised and modulated.
 _ROWS_CPU = {"DiT-XL/2": (4, 256, 1152), "PixArt-512": (1, 1024, 1152), "EDM": (16, 256, 256)}

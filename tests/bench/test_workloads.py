@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import bench_attention, bench_distillation, bench_end_to_end, bench_estimators, bench_score_matching, bench_skipping, shapes
-from benchmarks.harness import Session
+from benchmarks.harness import Session, WrongResult
 from benchmarks.workloads import Case, cases
 from fastdiff_kernels.diffusion import AdaptiveSkip
 
@@ -31,6 +31,37 @@ def test_cross_attention_is_compared_at_equal_operations():
     torch.testing.assert_close(w.ours(q, packed), w.eager(q, packed))
     torch.testing.assert_close(w.rivals["sdpa"](q, packed), w.eager(q, packed))
     assert w.flops(q, packed) == 2 * 2 * (2 * 4 * 6 * 5 * 8), "two matrix products"
+
+
+def test_cross_attention_to_padded_captions_is_held_to_their_words():
+    w = bench_attention.padded_workload("captions", (2, 6, 4, 8), 5)
+    session, case = Session("cpu", 0.01), Case(w, torch.float32, "fwd+bwd")
+    session.measure(case, {"eager": w.eager, **w.rivals, "ours": w.ours})
+    assert [row.provider for row in session.rows] == ["eager", "sdpa", "ours"]
+    with pytest.raises(WrongResult, match="ours: output 0"):
+        session.measure(case, {"eager": w.eager, "ours": lambda q, packed, _: bench_attention.cross_ours(q, packed)})
+
+
+@pytest.mark.parametrize("w", bench_attention.WORKLOADS, ids=lambda w: f"{w.op} {w.network}")
+def test_rows_of_attention_have_the_name_of_the_op_that_they_time(w, monkeypatch):
+    """Without launching any: the first op called at the workload's own sizes."""
+    called = []
+
+    class Called(Exception):
+        pass
+
+    def record(name):
+        def call(*_, **__):
+            called.append(name)
+            raise Called
+
+        return call
+
+    for name in ("attention", "attention_packed", "attention_dual"):
+        monkeypatch.setattr(bench_attention.ops, name, record(name))
+    with pytest.raises(Called):
+        w.ours(*w.inputs())
+    assert called == [w.op]
 
 
 def test_the_gpu_has_every_network():
