@@ -119,7 +119,29 @@ class _Decided(threading.local):
 _decided = _Decided()
 
 
-class backend(TorchDispatchMode):
+class _Uncompiled(TorchDispatchMode):
+    """A mode inside which compiled functions run uncompiled.
+
+    Dynamo compiles nothing while such a mode is on, and would remember functions called then as ones that it must never compile.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stances: list[Any] = []
+
+    def __enter__(self):
+        # Dynamo may meet it while it traces; the stance cannot change then.
+        self._stances.append(None if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager"))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        stance = self._stances.pop()
+        if stance is not None:
+            stance.__exit__(*error)
+
+
+class backend(_Uncompiled):
     """Context manager in which every op runs on the named backend: "reference", "cpu", "triton", "cuda" or "sdpa" (attention alone).
 
     The innermost one decides. A call that the backend cannot run raises RuntimeError with the reason; nothing falls back. No backend is
@@ -149,7 +171,7 @@ class backend(TorchDispatchMode):
             _decided.value = False
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(_Uncompiled):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []

@@ -340,6 +340,44 @@ def test_explain_names_what_has_the_definition_run():
     assert fastdiff_kernels.explain(torch.relu, x) == "relu: called no fastdiff op"
 
 
+@pytest.mark.parametrize("name", ["explain", "backend", "nested backends"])
+def test_a_compiled_function_is_compiled_again_outside(name: str):
+    x, shift, graphs = torch.randn(2, 3, 4), torch.zeros(2, 4), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: fastdiff_kernels.ops.layer_norm_modulate(x, shift, shift), backend=count, fullgraph=True)
+    if name == "explain":
+        assert fastdiff_kernels.explain(compiled, x).startswith("layer_norm_modulate: cpu (")
+    else:
+        with fastdiff_kernels.backend("cpu"):
+            if name == "nested backends":
+                with fastdiff_kernels.backend("reference"):
+                    compiled(x)
+            compiled(x)
+    assert not graphs
+    compiled(x)
+    assert len(graphs) == 1
+
+
+def test_a_backend_may_be_forced_in_a_compiled_function():
+    x, shift = torch.randn(2, 3, 4), torch.zeros(2, 4)
+
+    @torch.compile(backend="eager")
+    def forcing(x):
+        with fastdiff_kernels.backend("reference"):
+            return fastdiff_kernels.ops.layer_norm_modulate(x, shift, shift)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Dynamo does not know how to trace")
+        found = forcing(x)
+    assert torch.equal(found, OPS["layer_norm_modulate"].reference(x, shift, shift, None, 1e-6))
+    # And the compiler is left as it was.
+    assert torch.compile(torch.sin, backend="eager", fullgraph=True)(x).equal(x.sin())
+
+
 def test_the_definitions_do_not_warn_while_the_library_is_there():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
