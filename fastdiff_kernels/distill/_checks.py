@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..diffusion.guidance import leaves
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
 
 def check_shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
     """The shape of one sample: positive integers."""
@@ -57,6 +59,18 @@ def check_data(batch: object, name: str, sample_shape: tuple[int, ...] | None, l
     return batch
 
 
-def first_parameter(module: nn.Module) -> torch.Tensor:
-    """The first floating-point parameter: its dtype and device stand for the module's."""
-    return next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+def check_precision(network: nn.Module, name: str) -> None:
+    """Trained parameters are float32 or float64: in 16 bits a small step, of Adam or of the average, rounds to none at all."""
+    for path, parameter in network.named_parameters():
+        if parameter.requires_grad and parameter.dtype in HALF_PRECISION:
+            raise TypeError(
+                f"{name} must have float32 or float64 parameters to be trained, as a teacher's copies are; got {parameter.dtype} ({path}). "
+                "Give a float32 network (its method float() makes it so) and, to compute in 16 bits, autocast=torch.bfloat16"
+            )
+
+
+def check_autocast(dtype: torch.dtype | None) -> torch.dtype | None:
+    """A dtype that torch.autocast casts to."""
+    if dtype is not None and dtype not in HALF_PRECISION:
+        raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {dtype}")
+    return dtype

@@ -30,7 +30,8 @@ class MomentMatchingDistiller(Recipe[Tensor]):
     reaching sigma_max at time 1. The loss of the odd step says nothing about convergence; `gap`, |h - teacher|^2, does.
 
     Args:
-        teacher: denoiser module; it is put into evaluation mode and its parameters are frozen. Student and auxiliary start as copies.
+        teacher: denoiser module, float32 or float64; it is put into evaluation mode and its parameters are frozen. Student
+            and auxiliary start as copies.
         num_steps: steps of the sampler.
         variant: "alternating", the paper's Algorithm 2. Its Algorithm 3, the instantaneous one in parameter space, is not here.
         learning_rate, auxiliary_learning_rate: numbers or `LearningRate`s (steps of both kinds count); the auxiliary's is the student's
@@ -44,7 +45,8 @@ class MomentMatchingDistiller(Recipe[Tensor]):
         ema_decay: of the averaged student.
         sample_shape: shape of one sample; taken from the first batch unless given.
         seed: of everything random.
-        autocast: dtype to run the networks in, or None. Their outputs should stay float32: h - teacher is a small difference.
+        autocast: torch.bfloat16 or torch.float16 to run the networks in, or None. Their outputs should stay float32: h - teacher is
+            a small difference.
     """
 
     def __init__(
@@ -79,7 +81,6 @@ class MomentMatchingDistiller(Recipe[Tensor]):
         self.weight = weight
         self.shared_batch = shared_batch
         self.sample_shape = None if sample_shape is None else check_shape(sample_shape, "sample_shape")
-        self.teacher = teacher.eval().requires_grad_(False)
         self.student, self.auxiliary = trainable_copy(teacher), trainable_copy(teacher)
         auxiliary_learning_rate = learning_rate if auxiliary_learning_rate is None else auxiliary_learning_rate
         learners = (
@@ -87,6 +88,7 @@ class MomentMatchingDistiller(Recipe[Tensor]):
             Learner("auxiliary", self.auxiliary, auxiliary_learning_rate, betas, eps, clip),
         )
         super().__init__(learners[0], [learners[1]], ema_decay=ema_decay, seed=seed, autocast=autocast)
+        self.teacher = teacher.eval().requires_grad_(False)  # last: a constructor that fails leaves the teacher as it was
 
     def sigma(self, time: Tensor) -> Tensor:
         """Noise level of a time in [0, 1]: sigma_data tan(time atan(sigma_max / sigma_data)), at least sigma_min."""

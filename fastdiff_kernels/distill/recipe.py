@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_count, check_number
-from ._checks import check_conditioning, first_parameter
+from ._checks import check_autocast, check_conditioning, check_precision
 from .learning_rate import LearningRate, as_learning_rate
 
 Batch = TypeVar("Batch", Tensor, int)
@@ -73,6 +73,7 @@ class Learner:
                 f"{name} must have parameters that require grad; got {type(network).__name__} with none: it is frozen, as distillers "
                 "freeze their teachers in place. Give a copy, or call requires_grad_(True) on it"
             )
+        check_precision(network, name)
         fused = self.parameters[0].device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate(0), betas=betas, eps=eps, fused=fused)
 
@@ -109,11 +110,11 @@ class Recipe(ABC, Generic[Batch]):
     def __init__(self, generator: Learner, others: list[Learner], *, ema_decay: float, seed: int, autocast: torch.dtype | None) -> None:
         self.seed = check_count(seed, "seed", 0)
         self.ema_decay = check_number(ema_decay, "ema_decay", minimum=0, maximum=1)
-        self.autocast = autocast
+        self.autocast = check_autocast(autocast)
         self.learners = {learner.name: learner for learner in (generator, *others)}
         self.generator = frozen_copy(generator.network)
         self.steps_done = 0
-        like = first_parameter(generator.network)
+        like = generator.parameters[0]
         self.device, self.dtype = like.device, like.dtype
         self.rng = torch.Generator(device=self.device).manual_seed(mixed_seed(self.seed))
         self._averaged = list(zip(self.generator.parameters(), generator.network.parameters(), strict=True))

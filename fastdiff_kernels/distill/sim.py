@@ -28,7 +28,8 @@ class SIMDistiller(Recipe[int]):
     terms it is that of another loss. The loss itself is 0 on average at any generator and says nothing about convergence; `gap` does.
 
     Args:
-        teacher: denoiser module; it is put into evaluation mode and its parameters are frozen. Generator and fake start as copies.
+        teacher: denoiser module, float32 or float64; it is put into evaluation mode and its parameters are frozen. Generator
+            and fake start as copies.
         sample_shape: shape of one sample, for example (3, 32, 32).
         sigma_init: the noise level the generator is called at.
         learning_rate, fake_learning_rate: numbers or `LearningRate`s; the fake's is the generator's unless given.
@@ -43,7 +44,8 @@ class SIMDistiller(Recipe[int]):
         betas, eps, clip: of both Adams, and the norm the gradients are clipped at (None: not).
         ema_decay: of the averaged generator.
         seed: of everything random.
-        autocast: dtype to run the networks in, or None. Their outputs should stay float32: y is a small difference.
+        autocast: torch.bfloat16 or torch.float16 to run the networks in, or None. Their outputs should stay float32: y is a small
+            difference.
     """
 
     def __init__(
@@ -75,7 +77,6 @@ class SIMDistiller(Recipe[int]):
         self.weight, self.generator_law, self.fake_law = weight, generator_law, fake_law
         self.sigma_data = data_scale(check_denoiser(teacher, "teacher"), sigma_data)
         self.fake_steps = check_count(fake_steps, "fake_steps")
-        self.teacher = teacher.eval().requires_grad_(False)
         self.student, self.fake = trainable_copy(teacher), trainable_copy(teacher)
         fake_learning_rate = learning_rate if fake_learning_rate is None else fake_learning_rate
         learners = (
@@ -83,6 +84,7 @@ class SIMDistiller(Recipe[int]):
             Learner("fake", self.fake, fake_learning_rate, betas, eps, clip),
         )
         super().__init__(learners[0], [learners[1]], ema_decay=ema_decay, seed=seed, autocast=autocast)
+        self.teacher = teacher.eval().requires_grad_(False)  # last: a constructor that fails leaves the teacher as it was
 
     def _check_batch(self, batch: Tensor | int) -> int:
         if isinstance(batch, int):

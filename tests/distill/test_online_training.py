@@ -120,5 +120,7 @@ def test_a_state_of_another_law_is_refused():
 def test_denoisers_that_cannot_be_observed_are_refused(gaussian_denoiser, tiny_denoiser):
     with pytest.raises(TypeError, match=r"denoiser must offer .raw\(x, sigma\) and .sigma_data"):
         ScoreTrainer(gaussian_denoiser(0.0, 1.0), noise_law=online())
+    denoiser = tiny_denoiser(dtype=torch.bfloat16).requires_grad_(False)
+    denoiser.network.embedding.float().requires_grad_(True)
     with pytest.raises(TypeError, match=r"denoiser must be float32 or float64 for an OnlineSchedule, .* got torch.bfloat16"):
-        ScoreTrainer(tiny_denoiser(dtype=torch.bfloat16), noise_law=online())
+        ScoreTrainer(denoiser, noise_law=online())

@@ -135,6 +135,33 @@ def test_runs_under_bfloat16_autocast(tiny_denoiser, make):
 
 
 @every_recipe
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_are_not_trained_in_16_bits(tiny_denoiser, make, dtype):
+    """Most weights, and all of the average's, would stay where they are at the learning rates in use."""
+    with pytest.raises(TypeError, match=rf"must have float32 or float64 parameters.* got {dtype} \(network\..*autocast=torch"):
+        make(tiny_denoiser(dtype=dtype))
+
+
+@every_recipe
+@pytest.mark.parametrize("autocast", [torch.float32, torch.int8, "bfloat16", True])
+def test_autocast_is_to_16_bits_or_not_at_all(tiny_denoiser, make, autocast):
+    with pytest.raises(ValueError, match=r"autocast must be None, torch\.bfloat16 or torch\.float16, got"):
+        make(tiny_denoiser(), autocast=autocast)
+
+
+@every_recipe
+@pytest.mark.parametrize("options", [{"ema_decay": 2.0}, {"learning_rate": 0.0}, {"betas": (2.0, 0.9)}, {"autocast": torch.float32}])
+def test_a_denoiser_refused_with_bad_arguments_is_left_as_it_was(tiny_denoiser, make, options):
+    denoiser = tiny_denoiser()
+    denoiser.eval().network.embedding.train()
+    modes = [module.training for module in denoiser.modules()]
+    with pytest.raises(ValueError, match=r"must be|Invalid beta"):
+        make(denoiser, **options)
+    assert [module.training for module in denoiser.modules()] == modes
+    assert all(parameter.requires_grad for parameter in denoiser.parameters())
+
+
+@every_recipe
 def test_a_gradient_that_is_not_finite_stops_the_run(tiny_denoiser, make):
     recipe = make(tiny_denoiser())
     learner = list(recipe.learners.values())[-1]  # the one that moves first
