@@ -19,7 +19,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", metavar="FOLDER", help="images of your own, sub-folders are the classes (default: scikit-learn's digits)")
     demo.add_argument("--size", type=int, default=16, help="side length that the images of --data are resized to (default: %(default)s)")
     demo.add_argument("--fast", action="store_true", help="the same stages in under 90 seconds on two cores, without the quality")
-    demo.add_argument("--out", metavar="FOLDER", default="out/demo", help="where everything is written (default: %(default)s)")
+    demo.add_argument(
+        "--out", metavar="FOLDER", default="out/demo", help="folder to write, new or an earlier demo's (default: %(default)s)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     demo.add_argument("--resume", action="store_true", help="go on where an interrupted run with the same arguments stopped")
     demo.add_argument("--workers", type=_count, help="processes to run stages in, one thread each (default: as many as CPUs, at most 4)")
@@ -69,6 +71,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command with --resume goes on from {arguments.out}", file=sys.stderr)
         return 130
+    except FileExistsError as error:
+        print(f"fastdiff demo: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -53,6 +53,12 @@ def test_a_missing_folder_is_said_and_not_a_traceback(ran, capsys, tmp_path):
     assert not ran
 
 
+def test_a_folder_of_other_files_is_said_and_not_a_traceback(capsys, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    assert cli.main(["demo", "--fast", "--quiet", "--out", str(tmp_path)]) == 2
+    assert "out must be a new or empty folder, or one of an earlier demo" in capsys.readouterr().err
+
+
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     from fastdiff_kernels.demo import run
 

@@ -19,7 +19,7 @@ from .report import write_report
 from .settings import Settings
 from .stages import Bench
 from .store import Store, write_json
-from .workers import new_judge, one_thread, run_stages
+from .workers import new_judge, one_thread, run_stages, stage_functions
 
 
 def load_data(folder: str | Path | None, size: int) -> ImageData:
@@ -41,7 +41,8 @@ def run_demo(
 
     Args:
         settings: what to compute.
-        out: folder for ``report.html``, ``metrics.json``, PNGs and ``networks/``; made if need be.
+        out: folder for ``report.html``, ``metrics.json``, PNGs and ``networks/``: one that is not there yet, an empty one, or that of an
+            earlier demo, whose results are replaced.
         data: images; the digits unless given.
         resume: keep the finished stages and checkpoints that an interrupted run with the same settings and data left in `out`.
         workers: processes that stages run in side by side, one thread each. A stage of a small network fills one core and gains little
@@ -51,6 +52,10 @@ def run_demo(
 
     Returns:
         What ``metrics.json`` holds.
+
+    Raises:
+        FileExistsError: `out` holds files and no demo has written there before.
+        ValueError: fewer workers than one.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
@@ -59,7 +64,7 @@ def run_demo(
     start = time.perf_counter()
     store = Store(out, settings.fingerprint(data))
     if not resume:
-        store.forget()
+        store.forget(stage_functions(settings))
     with one_thread():
         judge = new_judge(settings, data, store)
         predicted = predict(settings, data, len(judge.labels))

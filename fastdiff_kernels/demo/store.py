@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,25 +18,48 @@ from .stages import Stage, new_denoiser
 
 Network = TypeVar("Network", bound=nn.Module)
 
+MARKER = ".fastdiff-demo"
+
+
+def claim(out: Path) -> None:
+    """Make the folder and mark it as a demo's; FileExistsError if it holds anything and no demo has marked it."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / MARKER).exists():
+        return
+    held = sorted(path.name for path in out.iterdir())
+    if held:
+        raise FileExistsError(f"out must be a new or empty folder, or one of an earlier demo, got '{out}', which holds {held[:5]}")
+    (out / MARKER).write_text("`fastdiff demo` writes to this folder and replaces what it wrote before.\n")
+
 
 class Store:
     """``stages/<name>.json`` and ``.safetensors``, ``networks/<name>.safetensors`` and, while a stage trains, ``checkpoints/``.
 
-    A stage counts as finished if its JSON is there and carries the fingerprint of this run.
+    A stage counts as finished if its JSON is there and carries the fingerprint of this run. `out` must be new, empty or an earlier demo's.
     """
 
     def __init__(self, out: Path, fingerprint: str) -> None:
+        claim(out)
         self.stages, self.networks, self.checkpoints = out / "stages", out / "networks", out / "checkpoints"
         self.fingerprint = fingerprint
         for folder in (self.stages, self.networks, self.checkpoints):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
 
-    def forget(self) -> None:
-        """Remove what an earlier run left in the three folders."""
-        for folder in (self.stages, self.networks, self.checkpoints):
-            for path in folder.iterdir():
-                if path.suffix in {".json", ".safetensors", ".pt", ".partial"}:
-                    path.unlink()
+    def forget(self, names: Iterable[str]) -> None:
+        """Remove what an earlier run left of these stages; other files in the three folders stay."""
+        for name in names:
+            for path in (
+                self.stages / f"{name}.json",
+                self.stages / f"{name}.json.partial",
+                self.stages / f"{name}.safetensors",
+                self.networks / f"{name}.safetensors",
+            ):
+                path.unlink(missing_ok=True)
+            self._forget_checkpoint(name)
+
+    def _forget_checkpoint(self, name: str) -> None:
+        for suffix in (".pt", ".pt.partial"):
+            (self.checkpoints / f"{name}{suffix}").unlink(missing_ok=True)
 
     def _record(self, name: str) -> dict | None:
         path = self.stages / f"{name}.json"
@@ -73,8 +97,7 @@ class Store:
         partial = self.stages / f"{name}.json.partial"
         partial.write_text(json.dumps(record))
         os.replace(partial, self.stages / f"{name}.json")
-        for checkpoint in self.checkpoints.glob(f"{name}.pt*"):
-            checkpoint.unlink()
+        self._forget_checkpoint(name)
 
     def save_network(self, name: str, network: nn.Module) -> None:
         from safetensors.torch import save_file

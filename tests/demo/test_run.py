@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from fastdiff_kernels.demo import ImageData, Settings, load_digits, run_demo, workers
 from fastdiff_kernels.demo.settings import Training
+from fastdiff_kernels.demo.store import MARKER, Store
 
 SHORT = Training(steps=4, batch_size=16, learning_rate=1e-3, ema_decay=0.9, warmup_steps=1)
 TINY = dataclasses.replace(
@@ -93,6 +94,28 @@ def test_every_stage_was_timed_and_predicted(finished):
     stages = finished[0]["stages"]
     assert [name for name in stages if name != "features"] == STAGES
     assert all(stages[name]["measured_s"] > 0 and stages[name]["predicted_s"] > 0 for name in STAGES)
+
+
+def test_a_folder_that_no_demo_wrote_is_refused_and_left_as_it_is(few_digits, tmp_path):
+    own = [tmp_path / "checkpoints" / "teacher.pt", tmp_path / "networks" / "mine.safetensors", tmp_path / "stages" / "plan.json"]
+    for path in own:
+        path.parent.mkdir()
+        path.write_text("a week of training")
+    message = r"out must be a new or empty folder, or one of an earlier demo, got .*, which holds \['checkpoints', 'networks', 'stages'\]"
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=message):
+            run_demo(TINY, tmp_path, data=few_digits, resume=resume, progress=False)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(own)
+
+
+def test_a_new_run_forgets_its_own_stages_alone(tmp_path):
+    Store(tmp_path, "earlier")
+    own = {tmp_path / "checkpoints" / "teacher.pt.copy", tmp_path / "networks" / "mine.safetensors", tmp_path / "stages" / "plan.json"}
+    stages = {tmp_path / "checkpoints" / "teacher.pt", tmp_path / "networks" / "sim.safetensors", tmp_path / "stages" / "sim.json"}
+    for path in own | stages:
+        path.touch()
+    Store(tmp_path, "later").forget(STAGES)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == own | {tmp_path / MARKER}
 
 
 def test_no_checkpoint_is_left_behind(finished):
