@@ -104,6 +104,7 @@ class Recipe(ABC, Generic[Batch]):
     """A way to train networks: `step` on a batch, `sample` from the result, and a state from which a run resumes bit for bit.
 
     `generator` is the exponential moving average of the trained denoiser, called as `generator(x, sigma, **conditioning)`.
+    `torn` tells that the last step ended in an error or an interrupt, perhaps with some of its updates made and some not.
     All randomness derives from `seed`: neither the global random state nor a call of `sample` changes a run.
     """
 
@@ -113,7 +114,7 @@ class Recipe(ABC, Generic[Batch]):
         self.autocast = check_autocast(autocast)
         self.learners = {learner.name: learner for learner in (generator, *others)}
         self.generator = frozen_copy(generator.network)
-        self.steps_done = 0
+        self.steps_done, self.torn = 0, False
         like = generator.parameters[0]
         self.device, self.dtype = like.device, like.dtype
         self.rng = torch.Generator(device=self.device).manual_seed(mixed_seed(self.seed))
@@ -135,11 +136,14 @@ class Recipe(ABC, Generic[Batch]):
         """
         checked = self._check_batch(batch)
         conditioning = check_conditioning(conditioning, checked if isinstance(checked, int) else checked.shape[0])
+        self.torn = True
         with self._seeded(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             metrics = self._step(checked, conditioning)
         self.steps_done += 1
         self._average()
-        return dict(zip(metrics, torch.stack([value.detach().double() for value in metrics.values()]).tolist(), strict=True))
+        values = torch.stack([value.detach().double() for value in metrics.values()]).tolist()
+        self.torn = False
+        return dict(zip(metrics, values, strict=True))
 
     @abstractmethod
     def _step(self, batch: Batch, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -176,8 +180,21 @@ class Recipe(ABC, Generic[Batch]):
         for copied, buffer in self._copied:
             copied.copy_(buffer)
 
+    def check_whole(self) -> None:
+        """RuntimeError where the last step was torn."""
+        if self.torn:
+            raise RuntimeError(
+                f"the last step of the {type(self).__name__} ended in an error or an interrupt, perhaps with some of its updates made and "
+                "some not: load a state from before it, or make the recipe and its networks anew"
+            )
+
     def state_dict(self) -> dict:
-        """Networks, optimisers, average, random state and step: all a run depends on but the teacher, which does not change."""
+        """Networks, optimisers, average, random state and step: all a run depends on but the teacher, which does not change.
+
+        Raises:
+            RuntimeError: the last step was torn; what it left is the state of no run.
+        """
+        self.check_whole()
         return {
             "recipe": type(self).__name__,
             "steps_done": self.steps_done,
@@ -193,11 +210,13 @@ class Recipe(ABC, Generic[Batch]):
             raise ValueError(f"state must be of a {type(self).__name__}, got one of a {state['recipe']}")
         if set(state["learners"]) != set(self.learners):
             raise ValueError(f"state must hold the networks {sorted(self.learners)}, got {sorted(state['learners'])}")
+        self.torn = True
         for name, learner in self.learners.items():
             learner.load_state_dict(state["learners"][name])
         self.generator.load_state_dict(state["generator"])
         self.steps_done, self.seed = state["steps_done"], state["seed"]
         self.rng.set_state(state["rng"].cpu())
+        self.torn = False
 
 
 def per_element(batch: Tensor) -> float:

@@ -25,7 +25,8 @@ class Trainer:
 
     Batches are drawn without replacement, epoch after epoch; which samples a step sees depends on `seed` and the step alone. With a
     checkpoint, a run that stopped, by Ctrl-C (SIGINT) too, goes on where it was in the next `fit()`, in the same process or another,
-    and ends with the same bits as a run that was never stopped. A first Ctrl-C lets the running step finish, a second does not.
+    and ends with the same bits as a run that was never stopped. A first Ctrl-C lets the running step finish, a second does not. Where
+    SIGINT is ignored, as under nohup, it stays so.
 
     Args:
         recipe: a `ScoreTrainer`, `SIMDistiller`, `MomentMatchingDistiller` or another `Recipe`.
@@ -34,7 +35,7 @@ class Trainer:
         batch_size: samples a step.
         conditioning: tensors [M, ...], or dicts of them, that belong to the data (or, without data, that batches are drawn from).
         checkpoint: file to write the state to, and to resume from if it is there. None: no checkpoints.
-        checkpoint_every: steps between checkpoints; None: only at the end and when interrupted.
+        checkpoint_every: steps between checkpoints; None: only at the start, at the end and when interrupted.
         progress: show a progress bar (needs tqdm).
         log: called as log(step, metrics) after each step, metrics a dict of floats.
         seed: of the order of the data.
@@ -67,7 +68,6 @@ class Trainer:
             raise ValueError("conditioning and batch_size must not be given beside a function that makes the batches")
         self.batches = data if callable(data) else _tensor_batches(data, conditioning, batch_size, self.seed, recipe.device)
         self._order = {"seed": self.seed, "batch_size": batch_size}
-        self._between_steps = True
         self.history: dict[str, list[float]] = {}
 
     def fit(self) -> dict[str, list[float]]:
@@ -77,34 +77,39 @@ class Trainer:
             Every metric's values with the steps they belong to: {"loss": [...], "loss/step": [...], ...}.
 
         Raises:
-            RuntimeError: launched as one of several processes. ValueError: the checkpoint is of another recipe or run.
+            RuntimeError: launched as one of several processes; or an earlier step was torn, by an error or a second Ctrl-C, and no
+                checkpoint holds a state from before it.
+            ValueError: the checkpoint is of another recipe or run. OSError: the checkpoint cannot be read or written.
             KeyboardInterrupt: interrupted; the checkpoint, if one is kept, has been written.
         """
         _refuse_several_processes()
         if self.checkpoint is not None and self.checkpoint.exists():
             self._resume(self.checkpoint)
+        self.recipe.check_whole()
+        # Already here, so that a torn first step has a state to go back to, and a path that cannot be written does not cost a run.
+        self._save()
         with _deferred_interrupt() as interrupted, self._bar() as bar:
             try:
-                while self.recipe.steps_done < self.steps:
+                stop = False
+                while self.recipe.steps_done < self.steps and not stop:
                     self._one_step(bar)
-                    if interrupted.is_set():
-                        raise KeyboardInterrupt
-                    if self.checkpoint_every is not None and self.recipe.steps_done % self.checkpoint_every == 0:
+                    stop = interrupted.is_set()
+                    if stop or self._checkpoint_due():
                         self._save()
             except KeyboardInterrupt:
-                if self._between_steps:
+                # A step that was torn apart must not be saved: its networks are no state of any run.
+                if not self.recipe.torn:
                     self._save()
                 raise
-        self._save()
         return self.history
+
+    def _checkpoint_due(self) -> bool:
+        done = self.recipe.steps_done
+        return done == self.steps or (self.checkpoint_every is not None and done % self.checkpoint_every == 0)
 
     def _one_step(self, bar: Any) -> None:
         step = self.recipe.steps_done
-        batch, conditioning = self.batches(step)
-        # A step that was torn apart must not be saved: its networks are no state of any run.
-        self._between_steps = False
-        metrics = self.recipe.step(batch, conditioning)
-        self._between_steps = True
+        metrics = self.recipe.step(*self.batches(step))
         for name, value in metrics.items():
             self.history.setdefault(name, []).append(value)
             self.history.setdefault(f"{name}/step", []).append(step)
@@ -193,12 +198,16 @@ def _refuse_several_processes() -> None:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Within it the first SIGINT sets the event it yields, and the second interrupts at once."""
+    """Within it the first SIGINT sets the event it yields, to be raised as KeyboardInterrupt at the end; the second interrupts at once.
+
+    Outside of the main thread, which signals do not reach, and where SIGINT is ignored or not Python's to handle, nothing changes.
+    """
     interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.getsignal(signal.SIGINT) if main else None
+    if previous is None or previous == signal.SIG_IGN:
         yield interrupted
         return
-    previous = signal.getsignal(signal.SIGINT)
 
     def handler(signum: int, frame: object) -> None:
         interrupted.set()
@@ -209,3 +218,5 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, previous)
+    if interrupted.is_set():
+        raise KeyboardInterrupt

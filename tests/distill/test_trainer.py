@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -26,6 +27,33 @@ def trainer(recipe, **options):
 
 def weights(recipe):
     return torch.cat([parameter.flatten() for parameter in recipe.generator.parameters()])
+
+
+def saved_steps(path):
+    return torch.load(path, weights_only=True)["recipe"]["steps_done"]
+
+
+@contextmanager
+def sigint_handled_by(handler):
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def tear(recipe, step):
+    """Make step `step` fail once, after the fake was updated and before the student is."""
+    student = recipe.learners["student"]
+    update = student.update
+
+    def failing(loss, at):
+        if at == step:
+            student.update = update
+            raise FloatingPointError("torn")
+        return update(loss, at)
+
+    student.update = failing
 
 
 def test_every_epoch_visits_every_sample_once(recipe):
@@ -116,11 +144,11 @@ def test_checkpoints_are_written_every_so_often(recipe, tmp_path):
     path, steps = tmp_path / "run.pt", []
 
     def log(step, metrics):
-        if path.exists():
-            steps.append((step, torch.load(path, weights_only=True)["recipe"]["steps_done"]))
+        steps.append((step, saved_steps(path)))
 
     trainer(recipe(), checkpoint=path, checkpoint_every=3, log=log).fit()
-    assert steps == [(3, 3), (4, 3), (5, 3), (6, 6), (7, 6)]
+    assert steps == [(0, 0), (1, 0), (2, 0), (3, 3), (4, 3), (5, 3), (6, 6), (7, 6)]
+    assert saved_steps(path) == 8
 
 
 def test_interrupt_finishes_the_step_saves_and_resumes(recipe, tmp_path):
@@ -151,7 +179,7 @@ def test_interrupt_between_steps_saves(recipe, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         trainer(recipe(), checkpoint=tmp_path / "run.pt", log=log).fit()
-    assert torch.load(tmp_path / "run.pt", weights_only=True)["recipe"]["steps_done"] == 3
+    assert saved_steps(tmp_path / "run.pt") == 3
 
 
 def test_a_torn_step_is_not_saved(recipe, tmp_path):
@@ -170,6 +198,30 @@ def test_a_torn_step_is_not_saved(recipe, tmp_path):
     assert torch.equal(weights(second), weights(whole))
 
 
+def test_a_torn_step_is_not_continued_in_silence(tiny_denoiser):
+    recipe = SIMDistiller(tiny_denoiser(), sample_shape=(1, 4, 4))
+    tear(recipe, step=1)
+    with pytest.raises(FloatingPointError):
+        trainer(recipe).fit()
+    for again in (trainer(recipe), trainer(recipe, steps=1)):
+        with pytest.raises(RuntimeError, match="the last step of the SIMDistiller ended in an error or an interrupt"):
+            again.fit()
+    with pytest.raises(RuntimeError, match="make the recipe and its networks anew"):
+        recipe.state_dict()
+
+
+def test_a_torn_first_step_is_taken_again_from_the_checkpoint(tiny_denoiser, tmp_path):
+    whole, torn = (SIMDistiller(tiny_denoiser(), sample_shape=(1, 4, 4)) for _ in range(2))
+    expected = trainer(whole, steps=3).fit()
+    tear(torn, step=0)
+    fitting = trainer(torn, steps=3, checkpoint=tmp_path / "run.pt")
+    with pytest.raises(FloatingPointError):
+        fitting.fit()
+    assert saved_steps(tmp_path / "run.pt") == 0
+    assert fitting.fit() == expected
+    assert torch.equal(weights(torn), weights(whole))
+
+
 def test_a_second_interrupt_does_not_wait(recipe):
     stubborn = recipe()
 
@@ -183,6 +235,26 @@ def test_a_second_interrupt_does_not_wait(recipe):
     with pytest.raises(KeyboardInterrupt):
         trainer(stubborn).fit()
     assert stubborn.steps_done == 1
+
+
+def test_an_interrupt_during_the_last_save_is_not_swallowed(recipe, tmp_path, monkeypatch):
+    def interrupted_save(state, path, save=torch.save):
+        save(state, path)
+        if state["recipe"]["steps_done"] == 8:
+            monkeypatch.undo()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(torch, "save", interrupted_save)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(recipe(), checkpoint=tmp_path / "run.pt", checkpoint_every=4).fit()
+    assert saved_steps(tmp_path / "run.pt") == 8
+
+
+def test_an_ignored_interrupt_stays_ignored(recipe):
+    with sigint_handled_by(signal.SIG_IGN):
+        history = trainer(recipe(), log=lambda step, metrics: os.kill(os.getpid(), signal.SIGINT)).fit()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert len(history["loss"]) == 8
 
 
 def test_fits_outside_the_main_thread(recipe):
@@ -214,6 +286,14 @@ def test_a_checkpoint_of_another_order_of_the_data_is_refused(recipe, tmp_path):
         trainer(recipe(), checkpoint=tmp_path / "run.pt", seed=1).fit()
     with pytest.raises(ValueError, match="batch_size must be the checkpoint's 4"):
         trainer(recipe(), checkpoint=tmp_path / "run.pt", batch_size=5).fit()
+
+
+@pytest.mark.parametrize("place", ["file/run.pt", "folder"])
+def test_a_checkpoint_that_cannot_be_written_is_found_before_the_first_step(recipe, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=place.split("/")[0]):
+        trainer(recipe(), checkpoint=tmp_path / place, log=lambda step, metrics: pytest.fail("took a step")).fit()
 
 
 @pytest.mark.parametrize(
