@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..diffusion import AdaptiveSkip, FixedSkip, Schedule, sample
+from ..distill.recipe import same_level
 
 Sampler = Callable[[Tensor, int], tuple[Tensor, int]]
 
@@ -39,7 +40,7 @@ def one_call(generator: nn.Module, labels: Tensor, sigma_init: float) -> Sampler
 
     @torch.no_grad()
     def sampler(noise: Tensor, index: int) -> tuple[Tensor, int]:
-        return generator(sigma_init * noise, sigma_init, class_labels=labels), 1
+        return generator(sigma_init * noise, same_level(sigma_init, noise), class_labels=labels), 1
 
     return sampler
 
@@ -51,7 +52,7 @@ def ancestral(generator: nn.Module, labels: Tensor, sigmas: list[float], seed: i
     def sampler(noise: Tensor, index: int) -> tuple[Tensor, int]:
         noisy = sigmas[0] * noise
         for step, sigma in enumerate(sigmas):
-            denoised = generator(noisy, sigma, class_labels=labels)
+            denoised = generator(noisy, same_level(sigma, noisy), class_labels=labels)
             if step + 1 < len(sigmas):
                 noisy = ops.posterior_sample(denoised, noisy, sigmas[step + 1], sigma, 1_000_000 * seed + 1_000 * index + step)
         return denoised, len(sigmas)

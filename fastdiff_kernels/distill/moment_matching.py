@@ -13,7 +13,7 @@ from .._checks import check_count, check_number
 from ..diffusion import edm_weight
 from ._checks import check_conditioning, check_data, check_denoiser, check_shape
 from .learning_rate import LearningRate
-from .recipe import Learner, Recipe, data_scale, mixed_seed, per_element, per_sample, trainable_copy
+from .recipe import Learner, Recipe, data_scale, mixed_seed, per_element, per_sample, same_level, trainable_copy
 
 
 class MomentMatchingDistiller(Recipe[Tensor]):
@@ -148,7 +148,7 @@ class MomentMatchingDistiller(Recipe[Tensor]):
         sigmas = self.sigma(torch.arange(self.num_steps, 0, -1) / self.num_steps).tolist()
         noisy = sigmas[0] * torch.randn(shape, generator=rng, device=self.device, dtype=self.dtype)
         for step, sigma in enumerate(sigmas):
-            denoised = self.generator(noisy, sigma, **conditioning)
+            denoised = self.generator(noisy, same_level(sigma, noisy), **conditioning)
             if step + 1 < self.num_steps:
                 noisy = ops.posterior_sample(denoised, noisy, sigmas[step + 1], sigma, mixed_seed(seed, step))
         return denoised

@@ -233,6 +233,11 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.dtype).view(-1, *([1] * (like.dim() - 1)))
 
 
+def same_level(sigma: float, x: Tensor) -> Tensor:
+    """One noise level for all of x [B, ...] in the form that denoisers are promised: float32 [B], float64 for float64 x."""
+    return torch.full((x.shape[0],), sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+
 def data_scale(denoiser: nn.Module, sigma_data: float | None) -> float:
     """`sigma_data`, or the denoiser's own."""
     if sigma_data is None:

@@ -13,7 +13,7 @@ from ..diffusion import edm_weight
 from ._checks import check_conditioning, check_data, check_denoiser, check_shape
 from .learning_rate import LearningRate
 from .noise_law import EDM_LAW
-from .recipe import Learner, Recipe, data_scale, frozen, mixed_seed, per_element, per_sample, trainable_copy
+from .recipe import Learner, Recipe, data_scale, frozen, mixed_seed, per_element, per_sample, same_level, trainable_copy
 
 
 class SIMDistiller(Recipe[int]):
@@ -111,7 +111,7 @@ class SIMDistiller(Recipe[int]):
         return loss, self.learners["fake"].update(loss, self.steps_done)
 
     def _generate(self, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        return self.student(self.sigma_init * noise, self.sigma_init, **conditioning)
+        return self.student(self.sigma_init * noise, same_level(self.sigma_init, noise), **conditioning)
 
     def generator_losses(self, clean: Tensor, sigma: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The generator's losses [B], differentiable in clean [B, ...], and the mean squared gap between the two denoisers.
@@ -135,4 +135,4 @@ class SIMDistiller(Recipe[int]):
         conditioning = check_conditioning(conditioning, check_count(n, "n", 0))
         rng = torch.Generator(device=self.device).manual_seed(mixed_seed(seed))
         noise = torch.randn((n, *self.sample_shape), generator=rng, device=self.device, dtype=self.dtype)
-        return self.generator(self.sigma_init * noise, self.sigma_init, **conditioning)
+        return self.generator(self.sigma_init * noise, same_level(self.sigma_init, noise), **conditioning)

@@ -14,7 +14,8 @@ LABELS = torch.zeros(4000, dtype=torch.int64)
 
 
 def denoiser(x, sigma, class_labels=None):
-    sigma = torch.as_tensor(sigma).reshape(-1, *[1] * (x.dim() - 1))
+    """Takes noise levels in the one form that samplers promise: float32 [B]."""
+    sigma = sigma.view(x.shape[0], *[1] * (x.dim() - 1))
     return C**2 / (C**2 + sigma**2) * x
 
 

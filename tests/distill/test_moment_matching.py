@@ -200,8 +200,9 @@ def test_sampler_visits_its_levels_and_returns_the_last_prediction(tiny_denoiser
     labels = torch.tensor([0, 2])
     samples = distiller.sample(2, {"class_labels": labels})
     expected = distiller.sigma(torch.arange(num_steps, 0, -1) / num_steps)
-    assert [sigma for sigma, _, _ in calls] == pytest.approx(expected.tolist())
-    assert calls[0][0] == pytest.approx(40.0)
+    for level, (sigma, _, _) in zip(expected, calls, strict=True):
+        torch.testing.assert_close(sigma, level.expand(2))
+    assert calls[0][0].tolist() == pytest.approx([40.0, 40.0])
     assert all(kwargs["class_labels"] is labels for _, kwargs, _ in calls)
     assert torch.equal(samples, calls[-1][2])
     assert torch.equal(distiller.sample(2, {"class_labels": labels}), samples)

@@ -135,6 +135,17 @@ def test_runs_under_bfloat16_autocast(tiny_denoiser, make):
 
 
 @every_recipe
+def test_denoisers_are_given_a_float32_noise_level_for_every_sample(tiny_denoiser, make):
+    recipe, levels = make(tiny_denoiser()), []
+    for network in (recipe.generator, *(learner.network for learner in recipe.learners.values())):
+        network.register_forward_pre_hook(lambda _, args: levels.append((args[1].dtype, args[1].shape == args[0].shape[:1])))
+    run(recipe, batches(2))
+    recipe.sample(2, **({"schedule": Schedule.karras(2, 0.1, 10.0)} if isinstance(recipe, ScoreTrainer) else {}))
+    assert len(levels) >= 4
+    assert set(levels) == {(torch.float32, True)}
+
+
+@every_recipe
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_networks_are_not_trained_in_16_bits(tiny_denoiser, make, dtype):
     """Most weights, and all of the average's, would stay where they are at the learning rates in use."""
