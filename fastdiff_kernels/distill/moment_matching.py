@@ -31,7 +31,8 @@ class MomentMatchingDistiller(Recipe[Tensor]):
 
     Args:
         teacher: denoiser module, float32 or float64; it is put into evaluation mode and its parameters are frozen. Student
-            and auxiliary start as copies.
+            and auxiliary start as copies, in which what is frozen beside trained parameters stays frozen. A number in the attribute
+            `guidance` is 1 in them: they learn the guided teacher's law with one evaluation for a sample.
         num_steps: steps of the sampler.
         variant: "alternating", the paper's Algorithm 2. Its Algorithm 3, the instantaneous one in parameter space, is not here.
         learning_rate, auxiliary_learning_rate: numbers or `LearningRate`s (steps of both kinds count); the auxiliary's is the student's

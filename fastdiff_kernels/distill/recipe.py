@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,17 @@ def mixed_seed(*parts: int) -> int:
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
-    """A deep copy in training mode whose floating-point parameters require gradients."""
+    """A deep copy in training mode and, where the module has classifier-free guidance of its own, without: one evaluation for a sample.
+
+    Parameters that are frozen beside others that are not stay so; of a wholly frozen module, as a distilled teacher is, all
+    floating-point parameters require gradients.
+    """
     module = copy.deepcopy(module).train()
-    for parameter in module.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    if type(getattr(module, "guidance", None)) in (float, int):
+        cast(Any, module).guidance = 1.0
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
     return module
 
 

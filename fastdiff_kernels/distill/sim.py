@@ -29,7 +29,8 @@ class SIMDistiller(Recipe[int]):
 
     Args:
         teacher: denoiser module, float32 or float64; it is put into evaluation mode and its parameters are frozen. Generator
-            and fake start as copies.
+            and fake start as copies, in which what is frozen beside trained parameters stays frozen. A number in the attribute `guidance`
+            is 1 in them: they learn the guided teacher's law with one evaluation for a sample.
         sample_shape: shape of one sample, for example (3, 32, 32).
         sigma_init: the noise level the generator is called at.
         learning_rate, fake_learning_rate: numbers or `LearningRate`s; the fake's is the generator's unless given.

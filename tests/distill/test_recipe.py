@@ -209,6 +209,58 @@ def test_teacher_stays_the_callers_module(tiny_denoiser):
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+class GuidedDenoiser(torch.nn.Module):
+    """uncond + guidance (cond - uncond) from one call on a doubled batch, as adapters of guided models make it; counts rows."""
+
+    sigma_data = 0.5
+
+    def __init__(self, denoiser, guidance):
+        super().__init__()
+        self.denoiser, self.guidance, self.rows = denoiser, guidance, []
+
+    def forward(self, x, sigma, class_labels):
+        null = torch.full_like(class_labels, 3)
+        if self.guidance == 1:
+            self.rows.append(len(x))
+            return self.denoiser(x, sigma, class_labels=class_labels)
+        self.rows.append(2 * len(x))
+        both = self.denoiser(torch.cat((x, x)), torch.cat((sigma, sigma)), class_labels=torch.cat((class_labels, null)))
+        given, absent = both.chunk(2)
+        return absent + self.guidance * (given - absent)
+
+
+@pytest.mark.parametrize("name", ["sim", "moment_matching"])
+@pytest.mark.parametrize("guidance", [3.0, 2])
+def test_a_guided_teachers_student_is_evaluated_once_for_a_sample(tiny_denoiser, name, guidance):
+    teacher = GuidedDenoiser(tiny_denoiser(), guidance)
+    recipe = RECIPES[name](teacher)
+    run(recipe, batches(2))
+    recipe.sample(3, {"class_labels": torch.tensor([0, 1, 2])})
+    assert teacher.guidance == guidance
+    assert set(teacher.rows) == {12}
+    assert set(recipe.generator.rows) == {3}
+    assert all(set(learner.network.rows) == {6} for learner in recipe.learners.values())
+
+
+@pytest.mark.parametrize("name", ["sim", "moment_matching"])
+def test_what_the_teacher_holds_fixed_stays_fixed_in_its_copies(tiny_denoiser, name):
+    teacher = tiny_denoiser()
+    teacher.network.embedding.requires_grad_(False)
+    fixed = {path for path, parameter in teacher.named_parameters() if not parameter.requires_grad}
+    recipe = RECIPES[name](teacher)
+    run(recipe, batches(2))
+    for network in (recipe.generator, *(learner.network for learner in recipe.learners.values())):
+        same = {path for path, parameter in network.named_parameters() if torch.equal(parameter, teacher.get_parameter(path))}
+        assert same == fixed
+
+
+@pytest.mark.parametrize("name", ["sim", "moment_matching"])
+def test_a_frozen_teacher_is_distilled_again_in_all_its_parameters(tiny_denoiser, name):
+    teacher = RECIPES[name](tiny_denoiser()).teacher
+    for learner in RECIPES[name](teacher).learners.values():
+        assert all(parameter.requires_grad for parameter in learner.network.parameters())
+
+
 def test_mixed_seeds_differ_in_every_part():
     seeds = {mixed_seed(seed, step, stream) for seed in range(5) for step in range(5) for stream in range(5)}
     assert len(seeds) == 125

@@ -179,6 +179,19 @@ def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:
     torch.testing.assert_close(guided(x, 2.0, class_labels=labels), absent + 3 * (conditional - absent), rtol=1e-4, atol=1e-4)
 
 
+def test_a_guided_teacher_is_distilled_into_a_student_of_one_call() -> None:
+    model, null = BY_NAME["DiTTransformer2DModel"].model(), torch.tensor([1000])
+    teacher = as_denoiser(model, diffusers.DDIMScheduler(), guidance=3.0, unconditional={"class_labels": null})
+    sim = SIMDistiller(teacher, sample_shape=(4, 8, 8))
+    rows: list[int] = []
+    sim.generator.model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(args[0])), with_kwargs=True)
+    labels = {"class_labels": torch.tensor([1, 2, 3])}
+    assert math.isfinite(sim.step(3, labels)["gap"])
+    sim.sample(3, labels)
+    assert rows == [3]
+    assert teacher.guidance == 3.0
+
+
 def conditioned(name: str) -> tuple[ModelDenoiser, dict[str, Any], dict[str, Any]]:
     """A denoiser of two samples, what they are conditioned on, and one row of nothing."""
     case = BY_NAME[name]

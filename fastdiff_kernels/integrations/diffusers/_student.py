@@ -25,7 +25,7 @@ def student_scheduler(scheduler: Any, student: Student, *, host_only: bool = Fal
 
     A `StudentScheduler` makes the pipeline's loop the student's `sample`, for noise, velocity, sample, flow and EDM predictions and any
     number of steps. Its class is this package's: `import fastdiff_kernels.integrations.diffusers` before `from_pretrained`. The pipeline
-    is called with num_inference_steps = the student's, with the guidance that was distilled (1 unless the teacher was guided).
+    is called with num_inference_steps = the student's and without guidance (guidance_scale=1), that of a guided teacher being distilled.
 
     The schedulers of diffusers space their timesteps evenly, or their levels by a formula, and so visit other levels than a student of
     several steps. `host_only` gives one of them all the same, whose folder loads without this package, for a model with alphas_cumprod. Its
