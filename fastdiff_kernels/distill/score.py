@@ -48,8 +48,8 @@ class ScoreTrainer(Recipe[Tensor]):
         sigma_data: scale of the data in the weight; the denoiser's own unless given.
         reading, gamma, local_ratio: of "lcss", above.
         antithetic: "lcss" evaluates at centre + sigma' xi and centre - sigma' xi, which costs two passes and removes most of the variance.
-        label_dropout: probability with which `class_labels` become `null_label`, for classifier-free guidance.
-        null_label: the null class; the network's `num_classes` unless given.
+        label_dropout: probability with which `class_labels`, then int64 or int32 [B], become `null_label`, for classifier-free guidance.
+        null_label: the null class, at most the network's `num_classes` where it has that; `num_classes` itself unless given.
         betas, eps, clip: of Adam, and the norm gradients are clipped at (None: not).
         ema_decay: of the averaged weights in `generator`.
         sample_shape: shape of one sample; taken from the first batch unless given.
@@ -89,8 +89,8 @@ class ScoreTrainer(Recipe[Tensor]):
         self.antithetic, self.noise_law = antithetic, noise_law
         self.sigma_data = data_scale(denoiser, sigma_data)
         self.label_dropout = check_number(label_dropout, "label_dropout", minimum=0, maximum=1)
-        self.null_label = null_label if null_label is not None else getattr(getattr(denoiser, "network", None), "num_classes", None)
-        if label_dropout and not self.null_label:
+        self.null_label = _null_label(denoiser, null_label)
+        if label_dropout and self.null_label is None:
             raise ValueError("null_label must be given with label_dropout, as the denoiser's network names no number of classes")
         self.sample_shape = None if sample_shape is None else check_shape(sample_shape, "sample_shape")
         learner = Learner("denoiser", denoiser, learning_rate, betas, eps, clip)
@@ -144,11 +144,17 @@ class ScoreTrainer(Recipe[Tensor]):
         return (self.denoiser(x, sigma, **conditioning) - x) / per_sample(sigma.square(), x)
 
     def _drop_labels(self, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.null_label is None or not self.label_dropout:
+        if not self.label_dropout:
             return conditioning
-        if "class_labels" not in conditioning:
-            raise ValueError(f"conditioning must hold class_labels with label_dropout={self.label_dropout}, got {sorted(conditioning)}")
+        assert self.null_label is not None, "the constructor asks for one with label_dropout"
+        if conditioning.get("class_labels") is None:
+            given = sorted(name for name, value in conditioning.items() if value is not None)
+            raise ValueError(f"conditioning must hold class_labels with label_dropout={self.label_dropout}, got {given}")
         labels = conditioning["class_labels"]
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"conditioning['class_labels'] must be class indices, int64 or int32, with label_dropout, got {labels.dtype}")
+        if labels.dim() != 1:
+            raise ValueError(f"conditioning['class_labels'] must have shape [B] with label_dropout, got {list(labels.shape)}")
         dropped = torch.rand(labels.shape, generator=self.rng, device=self.device) < self.label_dropout
         return {**conditioning, "class_labels": torch.where(dropped, self.null_label, labels)}
 
@@ -201,3 +207,14 @@ class ScoreTrainer(Recipe[Tensor]):
         if self.online is not None:
             self.online.load_state_dict(state["online"])
         super().load_state_dict(state)
+
+
+def _null_label(denoiser: nn.Module, null_label: int | None) -> int | None:
+    """The null class, its network's unless given; None where neither names one."""
+    num_classes = getattr(getattr(denoiser, "network", None), "num_classes", None) or None  # 0: without classes
+    if null_label is None:
+        return num_classes
+    check_count(null_label, "null_label", 0)
+    if num_classes is not None and null_label > num_classes:
+        raise ValueError(f"null_label must be at most {num_classes}, the network's num_classes, got {null_label}")
+    return null_label

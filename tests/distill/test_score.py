@@ -132,6 +132,21 @@ def test_dropped_labels_become_the_null_class(tiny_denoiser):
     assert torch.equal(seen[0][~dropped], labels[~dropped])
 
 
+@pytest.mark.parametrize("null_label", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_any_class_can_be_the_null_class(linear_denoiser, null_label, dtype):
+    class Labelled(linear_denoiser):
+        def forward(self, x, sigma, class_labels):
+            seen.append(class_labels)
+            return super().forward(x, sigma)
+
+    seen = []
+    trainer = ScoreTrainer(Labelled(0.5), label_dropout=1.0, null_label=null_label)
+    trainer.step(torch.zeros(4, 1, dtype=torch.float64), {"class_labels": torch.arange(4, dtype=dtype)})
+    assert seen[0].tolist() == [null_label] * 4
+    assert seen[0].dtype == dtype
+
+
 def test_losses_are_reported_per_element(tiny_denoiser):
     torch.manual_seed(0)
     metrics = ScoreTrainer(tiny_denoiser()).step(0.5 * torch.randn(64, 1, 4, 4))
@@ -171,6 +186,9 @@ def test_samples_need_a_shape(tiny_denoiser):
         ({"loss": "lcss", "local_ratio": -1.0}, ValueError, "local_ratio must be finite and > 0"),
         ({"antithetic": True}, ValueError, 'antithetic belongs to loss="lcss"'),
         ({"label_dropout": 1.5}, ValueError, "label_dropout must be finite"),
+        ({"null_label": 4}, ValueError, "null_label must be at most 3, the network's num_classes, got 4"),
+        ({"null_label": -1}, ValueError, "null_label must be at least 0, got -1"),
+        ({"null_label": 3.0}, TypeError, "null_label must be an int, got float"),
         ({"ema_decay": 2.0}, ValueError, "ema_decay must be finite"),
         ({"learning_rate": 0.0}, ValueError, "peak must be finite|learning_rate must be finite"),
         ({"learning_rate": "fast"}, TypeError, "learning_rate must be a number, got str"),
@@ -218,8 +236,13 @@ def test_bad_batches(tiny_denoiser):
         trainer.step(images, {"class_labels": [0, 1]})
     with pytest.raises(TypeError, match="conditioning must be a mapping"):
         trainer.step(images, labels)
-    with pytest.raises(ValueError, match="conditioning must hold class_labels"):
-        trainer.step(images)
+    for missing in (None, {}, {"class_labels": None}):
+        with pytest.raises(ValueError, match=r"conditioning must hold class_labels with label_dropout=0.1, got \[\]"):
+            trainer.step(images, missing)
+    with pytest.raises(TypeError, match=r"conditioning\['class_labels'\] must be class indices, int64 or int32, .* got torch.float32"):
+        trainer.step(images, {"class_labels": torch.eye(2, 3)})
+    with pytest.raises(ValueError, match=r"conditioning\['class_labels'\] must have shape \[B\] with label_dropout, got \[2, 3\]"):
+        trainer.step(images, {"class_labels": torch.eye(2, 3, dtype=torch.int64)})
     trainer.step(images, {"class_labels": labels})
     with pytest.raises(ValueError, match=r"batch must have shape \[B, 1, 4, 4\], got \[2, 1, 8, 8\]"):
         trainer.step(torch.zeros(2, 1, 8, 8), {"class_labels": labels})
