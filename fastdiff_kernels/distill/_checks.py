@@ -45,6 +45,13 @@ def check_conditioning(conditioning: Mapping[str, Any] | None, batch_size: int) 
     return dict(conditioning)
 
 
+def check_flag(value: bool, name: str) -> bool:
+    """True or False: another value's truth may not be what was meant."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
+
+
 def check_data(batch: object, name: str, sample_shape: tuple[int, ...] | None, like: Tensor) -> Tensor:
     """Clean data [B, *sample_shape] of `like`'s dtype and device."""
     if not isinstance(batch, Tensor):

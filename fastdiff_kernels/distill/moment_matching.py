@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import check_count, check_number
 from ..diffusion import edm_weight
-from ._checks import check_conditioning, check_data, check_denoiser, check_shape
+from ._checks import check_conditioning, check_data, check_denoiser, check_flag, check_shape
 from .learning_rate import LearningRate
 from .recipe import Learner, Recipe, data_scale, mixed_seed, per_element, per_sample, same_level, trainable_copy
 
@@ -80,7 +80,7 @@ class MomentMatchingDistiller(Recipe[Tensor]):
         self.sigma_min = check_number(sigma_min, "sigma_min", above=0)
         self.sigma_max = check_number(sigma_max, "sigma_max", above=self.sigma_min)
         self.weight = weight
-        self.shared_batch = shared_batch
+        self.shared_batch = check_flag(shared_batch, "shared_batch")
         self.sample_shape = None if sample_shape is None else check_shape(sample_shape, "sample_shape")
         self.student, self.auxiliary = trainable_copy(teacher), trainable_copy(teacher)
         auxiliary_learning_rate = learning_rate if auxiliary_learning_rate is None else auxiliary_learning_rate

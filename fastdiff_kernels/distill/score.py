@@ -13,7 +13,7 @@ from .._checks import check_choice, check_count, check_number
 from ..diffusion import OnlineSchedule, Schedule, edm_weight, sample
 from ..diffusion.costs import RawDenoiser
 from ..diffusion.costs import check_denoiser as check_raw_denoiser
-from ._checks import HALF_PRECISION, check_conditioning, check_data, check_denoiser, check_shape
+from ._checks import HALF_PRECISION, check_conditioning, check_data, check_denoiser, check_flag, check_shape
 from .learning_rate import LearningRate
 from .noise_law import EDM_LAW
 from .recipe import Learner, Recipe, data_scale, mixed_seed, per_element, per_sample
@@ -46,8 +46,9 @@ class ScoreTrainer(Recipe[Tensor]):
             forward pass on twice the batch. It is part of the trainer's state, and its levels are those of `sample`. It needs a float32 or
             float64 denoiser with `.raw`, as `EDMPrecond` has it, and should be given to one trainer alone.
         sigma_data: scale of the data in the weight; the denoiser's own unless given.
-        reading, gamma, local_ratio: of "lcss", above.
-        antithetic: "lcss" evaluates at centre + sigma' xi and centre - sigma' xi, which costs two passes and removes most of the variance.
+        reading, gamma, local_ratio: of "lcss" alone, above; "A", 1 and 2 unless given. local_ratio is of reading "A" alone.
+        antithetic: "lcss", alone of the two, evaluates at centre + sigma' xi and centre - sigma' xi, which costs two passes and removes
+            most of the variance.
         label_dropout: probability with which `class_labels`, then int64 or int32 [B], become `null_label`, for classifier-free guidance.
         null_label: the null class, at most the network's `num_classes` where it has that; `num_classes` itself unless given.
         betas, eps, clip: of Adam, and the norm gradients are clipped at (None: not).
@@ -65,9 +66,9 @@ class ScoreTrainer(Recipe[Tensor]):
         learning_rate: float | LearningRate = 1e-3,
         noise_law: Callable[[int, torch.Generator], Tensor] = EDM_LAW,
         sigma_data: float | None = None,
-        reading: str = "A",
-        gamma: float = 1.0,
-        local_ratio: float = 2.0,
+        reading: str | None = None,
+        gamma: float | None = None,
+        local_ratio: float | None = None,
         antithetic: bool = False,
         label_dropout: float = 0.0,
         null_label: int | None = None,
@@ -81,12 +82,15 @@ class ScoreTrainer(Recipe[Tensor]):
     ) -> None:
         check_denoiser(denoiser, "denoiser")
         self.loss = check_choice(loss, "loss", ("dsm", "lcss"))
-        self.reading = check_choice(reading, "reading", ("A", "B"))
-        self.gamma = check_number(gamma, "gamma", above=0)
-        self.local_ratio = check_number(local_ratio, "local_ratio", above=0)
-        if antithetic and loss != "lcss":
-            raise ValueError(f'antithetic belongs to loss="lcss", got loss={loss!r}')
-        self.antithetic, self.noise_law = antithetic, noise_law
+        self.antithetic, self.noise_law = check_flag(antithetic, "antithetic"), noise_law
+        of_lcss = {"reading": reading, "gamma": gamma, "local_ratio": local_ratio, "antithetic": antithetic or None}
+        if loss != "lcss" and (given := [name for name, value in of_lcss.items() if value is not None]):
+            raise ValueError(f'{given[0]} belongs to loss="lcss", got loss={loss!r}')
+        self.reading = "A" if reading is None else check_choice(reading, "reading", ("A", "B"))
+        if local_ratio is not None and self.reading != "A":
+            raise ValueError(f'local_ratio belongs to reading="A", got reading={reading!r}')
+        self.gamma = 1.0 if gamma is None else check_number(gamma, "gamma", above=0)
+        self.local_ratio = 2.0 if local_ratio is None else check_number(local_ratio, "local_ratio", above=0)
         self.sigma_data = data_scale(denoiser, sigma_data)
         self.label_dropout = check_number(label_dropout, "label_dropout", minimum=0, maximum=1)
         self.null_label = _null_label(denoiser, null_label)

@@ -36,7 +36,7 @@ class SIMDistiller(Recipe[int]):
         learning_rate, fake_learning_rate: numbers or `LearningRate`s; the fake's is the generator's unless given.
         distance: "pseudo_huber" or "l2". "l2" divides each sample's weight by mean |x0 - D_teacher|, as SiD does (Zhou et al. 2024),
             since otherwise large noise levels drown the others.
-        c: the pseudo-Huber constant, on the norm over all elements of a denoised sample.
+        c: of "pseudo_huber" alone, its constant, on the norm over all elements of a denoised sample; 1e-3 unless given.
         weight: weight(sigma) [B] -> [B]; 1 unless given.
         generator_law, fake_law: noise levels of either half, EDM's log-normal unless given; called as law(count, generator) and giving
             float32 [count].
@@ -58,7 +58,7 @@ class SIMDistiller(Recipe[int]):
         learning_rate: float | LearningRate = 3e-4,
         fake_learning_rate: float | LearningRate | None = None,
         distance: str = "pseudo_huber",
-        c: float = 1e-3,
+        c: float | None = None,
         weight: Callable[[Tensor], Tensor] | None = None,
         generator_law: Callable[[int, torch.Generator], Tensor] = EDM_LAW,
         fake_law: Callable[[int, torch.Generator], Tensor] = EDM_LAW,
@@ -74,7 +74,9 @@ class SIMDistiller(Recipe[int]):
         self.sample_shape = check_shape(sample_shape, "sample_shape")
         self.sigma_init = check_number(sigma_init, "sigma_init", above=0)
         self.distance = check_choice(distance, "distance", ("pseudo_huber", "l2"))
-        self.c = check_number(c, "c", minimum=0)
+        if c is not None and distance != "pseudo_huber":
+            raise ValueError(f'c belongs to distance="pseudo_huber", got distance={distance!r}')
+        self.c = 1e-3 if c is None else check_number(c, "c", minimum=0)
         self.weight, self.generator_law, self.fake_law = weight, generator_law, fake_law
         self.sigma_data = data_scale(check_denoiser(teacher, "teacher"), sigma_data)
         self.fake_steps = check_count(fake_steps, "fake_steps")

@@ -215,6 +215,7 @@ def test_sampler_visits_its_levels_and_returns_the_last_prediction(tiny_denoiser
         ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
         ({"num_steps": 2.0}, TypeError, "num_steps must be an int, got float"),
         ({"variant": "parameter"}, ValueError, "variant must be 'alternating' .*, is not implemented; got 'parameter'"),
+        ({"shared_batch": "no"}, TypeError, "shared_batch must be a bool, got str"),
         ({"sigma_min": 0.0}, ValueError, "sigma_min must be finite and > 0"),
         ({"sigma_max": 0.001}, ValueError, "sigma_max must be finite and > 0.002"),
     ],

@@ -158,8 +158,9 @@ def test_losses_are_reported_per_element(tiny_denoiser):
 @pytest.mark.parametrize("loss", ["dsm", "lcss"])
 def test_a_step_descends_the_mean_over_all_elements(tiny_denoiser, loss):
     batch = 0.5 * torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    metrics = ScoreTrainer(tiny_denoiser(), loss=loss, reading="B").step(batch)
-    same = ScoreTrainer(tiny_denoiser(), loss=loss, reading="B")
+    options = {"reading": "B"} if loss == "lcss" else {}
+    metrics = ScoreTrainer(tiny_denoiser(), loss=loss, **options).step(batch)
+    same = ScoreTrainer(tiny_denoiser(), loss=loss, **options)
     sigma = same.noise_law(4, same.rng)
     if loss == "dsm":
         losses = same.dsm_losses(batch, sigma, torch.randn(batch.shape, generator=same.rng), {})
@@ -181,10 +182,15 @@ def test_samples_need_a_shape(tiny_denoiser):
     ("options", "error", "message"),
     [
         ({"loss": "ssm"}, ValueError, "loss must be one of 'dsm', 'lcss', got 'ssm'"),
-        ({"reading": "C"}, ValueError, "reading must be one of 'A', 'B', got 'C'"),
+        ({"loss": "lcss", "reading": "C"}, ValueError, "reading must be one of 'A', 'B', got 'C'"),
         ({"loss": "lcss", "gamma": 0.0}, ValueError, "gamma must be finite and > 0"),
         ({"loss": "lcss", "local_ratio": -1.0}, ValueError, "local_ratio must be finite and > 0"),
-        ({"antithetic": True}, ValueError, 'antithetic belongs to loss="lcss"'),
+        ({"antithetic": True}, ValueError, "antithetic belongs to loss=\"lcss\", got loss='dsm'"),
+        ({"reading": "A"}, ValueError, "reading belongs to loss=\"lcss\", got loss='dsm'"),
+        ({"gamma": 2}, ValueError, "gamma belongs to loss=\"lcss\", got loss='dsm'"),
+        ({"local_ratio": 7.0}, ValueError, "local_ratio belongs to loss=\"lcss\", got loss='dsm'"),
+        ({"loss": "lcss", "reading": "B", "local_ratio": 7.0}, ValueError, "local_ratio belongs to reading=\"A\", got reading='B'"),
+        ({"loss": "lcss", "antithetic": "no"}, TypeError, "antithetic must be a bool, got str"),
         ({"label_dropout": 1.5}, ValueError, "label_dropout must be finite"),
         ({"null_label": 4}, ValueError, "null_label must be at most 3, the network's num_classes, got 4"),
         ({"null_label": -1}, ValueError, "null_label must be at least 0, got -1"),

@@ -215,6 +215,7 @@ def test_every_network_moves_and_the_teacher_does_not(tiny_denoiser):
         ({"sigma_init": 0.0}, ValueError, "sigma_init must be finite and > 0"),
         ({"distance": "l1"}, ValueError, "distance must be one of 'pseudo_huber', 'l2', got 'l1'"),
         ({"c": -1.0}, ValueError, "c must be finite and >= 0"),
+        ({"distance": "l2", "c": 0.1}, ValueError, "c belongs to distance=\"pseudo_huber\", got distance='l2'"),
         ({"fake_steps": 0}, ValueError, "fake_steps must be at least 1"),
         ({"sample_shape": 8}, ValueError, "sample_shape must be a sequence of positive ints, got 8"),
         ({"learning_rate": True}, TypeError, "learning_rate must be a number, got bool"),
