@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _fingerprints
 from ._checks import check_samples
 from ._transfer import to_device
 from .costs import RawDenoiser
@@ -18,13 +18,15 @@ from .guidance import check_conditioning, leaves, take_rows
 
 Costs = Callable[[RawDenoiser, Tensor, dict[str, object], float, float, int, int], Tensor]
 
+FIRST_BATCH = "first batch and its conditioning"
+
 
 class Batches:
     """Fresh data and noise for every interval: errors average out along the running sum, where common ones would add up."""
 
     def __init__(
         self,
-        data: Tensor | Iterable[Tensor | tuple[Tensor, Mapping[str, object]]],
+        data: Tensor | Iterable[Tensor | Sequence[Any]],
         conditioning: dict[str, object],
         batch_size: int,
         seed: int,
@@ -34,13 +36,22 @@ class Batches:
         if isinstance(data, Tensor):
             check_data(data)
             self.order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        elif isinstance(data, (list, tuple)) and not all(isinstance(item, (Tensor, tuple)) for item in data):
+        elif isinstance(data, (list, tuple)) and not all(isinstance(item, (Tensor, tuple, list)) for item in data):
             raise TypeError("data must be a tensor or an iterable of batches, got a sequence of other things")
         elif any(isinstance(value, Tensor) for _, value in leaves(conditioning, "conditioning")):
             raise ValueError("conditioning must hold scalars where data is an iterable; its batches bring their own tensors")
         self.data, self.conditioning, self.batch_size, self.seed = data, conditioning, batch_size, seed
         self.stream: Iterator | None = None
+        self.ahead: tuple[Tensor, dict[str, object]] | None = None  # the stream's first batch, where it was looked at before its turn
         self.taken = 0  # batches from the stream
+
+    def opening(self) -> str:
+        """Tells the first batch, and what conditions it, from others."""
+        if isinstance(self.data, Tensor):
+            return _fingerprints.of_batch(*self._drawn(self.data, 0))
+        self.ahead = self._pull()
+        clean, given = self.ahead
+        return _fingerprints.of_batch(clean, {**self.conditioning, **given})
 
     def evaluate(self, costs: Costs, denoiser: RawDenoiser, estimate: IntervalCosts) -> Tensor:
         """Costs of the interval whose turn it is, for the next batch, [B]. Which noise and data depends on what `estimate` has seen."""
@@ -57,8 +68,8 @@ class Batches:
         self._skip_to(estimate)
         clean, given = self._next()
         if estimate.path is not None:
-            estimate.fingerprint = _fingerprint(clean, estimate.fingerprint)
-        return clean, {**self.conditioning, **check_conditioning(given, len(clean), "the batch's conditioning")}
+            estimate.fingerprint = _fingerprints.of_tensor(clean[0], estimate.fingerprint)
+        return clean, {**self.conditioning, **given}
 
     def _skip_to(self, estimate: IntervalCosts) -> None:
         """Passes over what an estimate from a file has counted already; ValueError where the stream does not give that again."""
@@ -67,14 +78,19 @@ class Batches:
         samples = fingerprint = 0
         while self.taken < estimate.batches:
             clean, _ = self._next()
-            samples, fingerprint = samples + len(clean), _fingerprint(clean, fingerprint)
+            samples, fingerprint = samples + len(clean), _fingerprints.of_tensor(clean[0], fingerprint)
         if (samples, fingerprint) != (estimate.samples, estimate.fingerprint):
             raise ValueError(
                 f"data must give the {estimate.batches} batches again that '{estimate.path}' has counted, and in their order; it gave "
                 f"others, of {samples} samples, expected {estimate.samples}. A stream that shuffles needs a seed"
             )
 
-    def _next(self) -> tuple[Tensor, Mapping[str, object]]:
+    def _next(self) -> tuple[Tensor, dict[str, object]]:
+        batch, self.ahead = self._pull() if self.ahead is None else self.ahead, None
+        self.taken += 1
+        return batch
+
+    def _pull(self) -> tuple[Tensor, dict[str, object]]:
         if self.stream is None:
             self.stream = iter(self.data)
         item = next(self.stream, None)
@@ -83,15 +99,13 @@ class Batches:
             item = next(self.stream, None)
         if item is None:
             raise ValueError("data gives no batch when started again; it must be an iterable that can be, such as a list or a DataLoader")
-        clean, given = item if isinstance(item, tuple) else (item, {})
+        # Collated by a DataLoader a pair is a list, and a lone tensor of a TensorDataset a list of one.
+        parts = item if isinstance(item, (tuple, list)) else (item,)
+        if not 1 <= len(parts) <= 2:
+            raise TypeError(f"data must give batches or pairs (batch, conditioning), got a {type(item).__name__} of {len(parts)}")
+        clean = parts[0]
         check_data(clean)
-        self.taken += 1
-        return clean, given
-
-
-def _fingerprint(clean: Tensor, before: int) -> int:
-    # Of one datum a batch: enough to tell another order, at the cost of a copy of that.
-    return zlib.crc32(clean[0].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(), before)
+        return clean, check_conditioning(parts[1] if len(parts) == 2 else None, len(clean), "the batch's conditioning")
 
 
 class IntervalCosts:
@@ -101,10 +115,10 @@ class IntervalCosts:
 
     Attributes:
         rounds: how often every interval was given a batch. turn: the interval that the next batch is for, K where the round ends.
-        samples: how many rows all intervals were given together. fingerprint: of the batches, where they are a stream.
+        samples: how many rows all intervals were given together. fingerprint: of each batch's first datum, where they are a stream.
         last_grid, last_cost, last_error: of the grid before the last `move`.
 
-    With a path the estimate is read from it, where it exists, and `save` writes it there.
+    With a path the estimate is read from it, where it exists and has the same settings, and `save` writes it there.
     """
 
     def __init__(self, grid: Tensor, settings: dict[str, object], path: str | os.PathLike | None = None) -> None:
@@ -113,7 +127,8 @@ class IntervalCosts:
         self.rounds = self.turn = self.samples = self.fingerprint = 0
         self.parts: list[tuple[int, int, Tensor]] = []
         self._clear()
-        self.last_grid, self.last_cost, self.last_error = self.grid, self.means, self.means
+        # `add` changes the means in place.
+        self.last_grid, self.last_cost, self.last_error = self.grid, self.means.clone(), self.means.clone()
         if self.path is not None and self.path.exists():
             self._load(self.path)
 
@@ -178,10 +193,14 @@ class IntervalCosts:
 
     def _load(self, path: Path) -> None:
         held = torch.load(path, weights_only=True)
-        if not isinstance(held, dict) or held.keys() != {"settings", "state"}:
+        if not isinstance(held, dict) or held.keys() != {"settings", "state"} or held["settings"].keys() != self.settings.keys():
             raise ValueError(f"path: '{path}' must hold an estimate that optimize_schedule of this version has saved, got something else")
-        if held["settings"] != self.settings:
-            raise ValueError(f"path: '{path}' holds an estimate with {held['settings']}, got {self.settings}")
+        other = {name: value for name, value in held["settings"].items() if value != self.settings[name]}
+        if other:
+            got = {name: self.settings[name] for name in other}
+            reordered = self.settings["data"] == "a stream" and FIRST_BATCH in other
+            hint = ". A stream that shuffles needs a seed" if reordered else ""
+            raise ValueError(f"path: '{path}' holds an estimate with {other}, got {got}{hint}")
         self.load_state_dict(held["state"])
 
     def _clear(self) -> None:

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from .._checks import check_choice, check_count, check_number
+from ._fingerprints import of_weights
 from ._progress import progress_bar
 from .costs import RawDenoiser, check_denoiser, corrector_costs, predictor_costs
 from .guidance import check_conditioning
-from .interval_costs import Batches, Costs, IntervalCosts
+from .interval_costs import FIRST_BATCH, Batches, Costs, IntervalCosts
 from .noise_levels import check_range
 from .schedule import Schedule, log_grid
 
 
 def optimize_schedule(
     denoiser: RawDenoiser,
-    data: Tensor | Iterable[Tensor | tuple[Tensor, Mapping[str, object]]],
+    data: Tensor | Iterable[Tensor | Sequence[Any]],
     num_steps: int,
     *,
     sigma_min: float,
     sigma_max: float,
     knots: int | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     cost: str = "corrector",
     rounds: int | None = None,
     tolerance: float = 0.0,
@@ -59,12 +61,14 @@ def optimize_schedule(
             `EDMPrecond` does: scores are differenced from F, since (D - x) / sigma^2 loses all digits at small sigma. It should compute
             in float32 there, and be in evaluation mode.
         data: clean samples [N, ...] on the denoiser's device, float32 or float64, drawn batch_size at a time; or an iterable of such
-            batches, or of pairs (batch, conditioning), of any size, one for each interval. An iterable that ends is started again.
+            batches, or of pairs (batch, conditioning), tuples or lists, of any size, one for each interval. An iterable that ends is
+            started again.
         num_steps: levels without the final 0; at least 3 with "predictor".
         sigma_min, sigma_max: the last level above 0 and the first, 0 < sigma_min < sigma_max.
         knots: levels of the grid, at least 3, with "corrector" alone; 256 unless given, which place every level within 1 % of the exact
             ones for Gaussian data.
-        batch_size: samples per interval and round. With "corrector" the network is called once for each, on 2 batch_size rows.
+        batch_size: samples per interval and round, with data in a tensor alone; 64 unless given. With "corrector" the network is called
+            once for each, on 2 batch_size rows.
         rounds: at most so many; 1 for "corrector" and 12 for "predictor" unless given.
         tolerance: stop when every inner level is known (by its standard error), or, with "predictor", moves by, less than this in ln sigma.
         damping: in (0, 1], with "predictor" alone: the share of their way, in ln sigma, that the levels move in a round; 1 unless given.
@@ -72,9 +76,11 @@ def optimize_schedule(
         interpolation: of the running sum between the knots, "pchip" or "linear".
         seed: of the noise and of the order in which data are drawn; the same on every device.
         path: a file that holds the estimate, written after every batch; if it is there, the estimate continues from it and ends with the
-            same bits as one that was never stopped. Data in a tensor must be the same again. An iterable is asked for its batches from
-            the start and those that were counted are passed over, so that it must give the same ones in the same order: give a DataLoader
-            that shuffles a seeded `generator`. A stream in which one of them differs in its first datum is refused.
+            same bits as one that was never stopped. Denoiser, data, conditioning and all that the estimate depends on must be the same
+            again: a module with other weights, another sigma_data, and a first batch with other samples or conditioning are refused. An
+            iterable is asked for its batches from the start and those that were counted are passed over, so that it must give the same
+            ones in the same order: give a DataLoader that shuffles a seeded `generator`. A stream in which one of them differs in its
+            first datum is refused when the estimate goes on.
         progress: show a progress bar (needs tqdm).
 
     Returns:
@@ -83,13 +89,13 @@ def optimize_schedule(
 
     Raises:
         TypeError: the denoiser has no `.raw` or `.sigma_data`; an argument of the wrong kind.
-        ValueError: an argument out of range, or one that the cost has no use for; no data; conditioning without a row for each datum; a
-            file of another estimate, or of another stream; costs not finite or all zero.
+        ValueError: an argument out of range, or one that the cost or the data have no use for; no data; conditioning without a row for
+            each datum; a file of another estimate, or of another stream; costs not finite or all zero.
     """
     check_denoiser(denoiser)
     check_count(num_steps, "num_steps")
     check_range(sigma_min, sigma_max)
-    check_count(batch_size, "batch_size")
+    size = check_count(64 if batch_size is None else batch_size, "batch_size")
     check_count(seed, "seed", 0)
     check_choice(cost, "cost", ("corrector", "predictor"))
     check_choice(interpolation, "interpolation", ("pchip", "linear"))
@@ -102,16 +108,31 @@ def optimize_schedule(
     check_number(tolerance, "tolerance", minimum=0)
     damping = check_number(1.0 if damping is None else damping, "damping", above=0, maximum=1)
     given = check_conditioning(conditioning, len(data), "conditioning") if isinstance(data, Tensor) else dict(conditioning or {})
-    batches = Batches(data, given, batch_size, seed)
+    batches = Batches(data, given, size, seed)
+    if batch_size is not None and not isinstance(data, Tensor):
+        raise ValueError(f"batch_size must be None where data is an iterable, whose batches have sizes of their own, got {batch_size}")
     if cost == "predictor" and num_steps < 3:
         raise ValueError(f"num_steps must be at least 3 with cost='predictor', which moves the levels between the ends; got {num_steps}")
     grid = log_grid(knots if cost == "corrector" else num_steps, sigma_min, sigma_max)
     grid[0], grid[-1] = sigma_max, sigma_min
-    of = list(data.shape) if isinstance(data, Tensor) else "a stream"
-    estimate = IntervalCosts(grid, {"cost": cost, "seed": seed, "batch_size": batch_size, "data": of}, path)
+    settings: dict[str, object] = {"cost": cost, "seed": seed}
+    if path is not None:
+        moves = (damping, interpolation) if cost == "predictor" else None
+        settings |= {"batch_size": size, "damping and interpolation": moves, **_origin(denoiser, data, batches)}
+    estimate = IntervalCosts(grid, settings, path)
     if cost == "corrector":
         return _fit_corrector(denoiser, batches, estimate, num_steps, rounds, tolerance, interpolation, progress)
     return _fit_predictor(denoiser, batches, estimate, num_steps, rounds, tolerance, damping, interpolation, progress)
+
+
+def _origin(denoiser: RawDenoiser, data: object, batches: Batches) -> dict[str, object]:
+    """What else must be the same where an estimate goes on."""
+    return {
+        "data": list(data.shape) if isinstance(data, Tensor) else "a stream",
+        FIRST_BATCH: batches.opening(),
+        "weights of the denoiser": of_weights(denoiser),
+        "sigma_data": float(denoiser.sigma_data),
+    }
 
 
 def _fit_corrector(

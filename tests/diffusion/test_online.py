@@ -84,6 +84,10 @@ def test_checkpoint_takes_up_levels_and_counts() -> None:
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.levels, first.levels)
     assert second.steps == 9
+    first.observe(denoiser, torch.ones(8, 4))
+    second.observe(denoiser, torch.ones(8, 4))
+    states = first.state_dict()["estimate"], second.state_dict()["estimate"]
+    assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][name])) for name, value in states[0].items())
     clean = torch.randn(8, 4)
     for _ in range(4):
         assert first.observe(denoiser, clean) == second.observe(denoiser, clean)

@@ -228,7 +228,10 @@ def _fails(error: type[Exception], message: str, **change: object) -> object:
         _fails(ValueError, "damping belongs to cost='predictor' and must be None with 'corrector'.*, got 1.0", damping=1.0),
         _fails(ValueError, "knots belong to cost='corrector' and must be None with 'predictor'.*, got 4", cost="predictor"),
         _fails(TypeError, "data must be a tensor or an iterable of batches, got int", data=3),
-        _fails(ValueError, "data gives no batch when started again", data=[]),
+        _fails(ValueError, "data gives no batch when started again", data=[], batch_size=None),
+        _fails(TypeError, r"data must give batches or pairs \(batch, conditioning\), got a list of 3", data=[[1, 2, 3]], batch_size=None),
+        _fails(TypeError, "the batch's conditioning must be a dict", data=[[torch.ones(4, 3), torch.ones(4)]], batch_size=None),
+        _fails(ValueError, "batch_size must be None where data is an iterable.*, got 2", data=[torch.ones(4, 3)]),
         _fails(ValueError, "conditioning must hold scalars", data=[torch.ones(4, 3)], conditioning={"place": torch.ones(4)}),
         _fails(ValueError, "interpolation must be one of 'pchip', 'linear', got 'cubic'", interpolation="cubic"),
         _fails(ValueError, r"conditioning\['place'\] must have one row for each of the 4 samples", conditioning={"place": torch.ones(3)}),
@@ -356,7 +359,9 @@ def loader() -> DataLoader:
 @pytest.mark.parametrize("calls", [1, 2, 15, 16, 17, 40])
 def test_an_estimate_torn_at_any_call_ends_with_the_same_bits(tmp_path: Path, make: Callable[[], object], calls: int) -> None:
     """15 intervals a round: torn in the first call, inside of a round, in its last call and in the one after."""
-    path, options = tmp_path / "schedule.pt", {"sigma_min": 0.02, "sigma_max": 8.0, "knots": 16, "batch_size": 4, "rounds": 3}
+    path, options = tmp_path / "schedule.pt", {"sigma_min": 0.02, "sigma_max": 8.0, "knots": 16, "rounds": 3}
+    if isinstance(make(), Tensor):
+        options["batch_size"] = 4
     whole = optimize_schedule(EDMPrecond(GaussianNetwork(0.4)), make(), 5, **options)
     with pytest.raises(KeyboardInterrupt):
         optimize_schedule(Interrupted(calls), make(), 5, path=path, **options)
@@ -380,10 +385,14 @@ def test_a_stream_must_give_again_what_was_counted(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         optimize_schedule(Interrupted(9), Shuffled(3), 5, path=path, **options)
     before = path.read_bytes()
-    for other in (Shuffled(4), list(gaussian_data(0.4, 50, 8).split(5))):
+    seen = list(Shuffled(3))
+    for other in ([*seen[:7], *seen[8:]], [*seen[:3], seen[3][:2], *seen[4:]]):
         with pytest.raises(
             ValueError, match=r"data must give the 8 batches again that '.*' has counted, and in their order; it gave others"
         ):
+            optimize_schedule(EDMPrecond(GaussianNetwork(0.4)), other, 5, path=path, **options)
+    for other in (Shuffled(4), list(gaussian_data(0.4, 50, 8).split(5))):
+        with pytest.raises(ValueError, match=r"'first batch and its conditioning': .*\. A stream that shuffles needs a seed"):
             optimize_schedule(EDMPrecond(GaussianNetwork(0.4)), other, 5, path=path, **options)
     with pytest.raises(ValueError, match=r"path: .* holds an estimate with .*'data': 'a stream'.*, got .*'data': \[50, 8\]"):
         optimize_schedule(EDMPrecond(GaussianNetwork(0.4)), gaussian_data(0.4, 50, 8), 5, path=path, **options)

@@ -199,6 +199,16 @@ def test_an_estimate_torn_at_any_call_ends_with_the_same_bits(tmp_path: Path, to
     assert again.calls == 0, "the levels moved by less than the tolerance in the last round"
 
 
+@pytest.mark.parametrize("change", [{"damping": 0.25}, {"interpolation": "linear"}])
+def test_levels_must_go_on_moving_as_they_did(tmp_path: Path, change: dict[str, object]) -> None:
+    data = 0.5 * torch.randn(50, 8, dtype=torch.float64)
+    options = {"sigma_min": 0.1, "sigma_max": 10.0, "cost": "predictor", "batch_size": 8, "damping": 0.5, "path": tmp_path / "schedule.pt"}
+    optimize_schedule(Counting(), data, 6, rounds=1, **options)
+    expected = r"holds an estimate with {'damping and interpolation': \(0.5, 'pchip'\)}, got {'damping and interpolation': \("
+    with pytest.raises(ValueError, match=expected):
+        optimize_schedule(Counting(), data, 6, rounds=2, **{**options, **change})
+
+
 def test_probes_leave_no_gradients_behind() -> None:
     network = nn.Linear(3, 3).double()
 
