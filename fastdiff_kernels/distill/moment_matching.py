@@ -50,6 +50,8 @@ class MomentMatchingDistiller(Recipe[Tensor]):
             a small difference.
     """
 
+    SETTINGS = ("num_steps", "shared_batch", "weight", "sigma_min", "sigma_max", "sigma_data")
+
     def __init__(
         self,
         teacher: nn.Module,

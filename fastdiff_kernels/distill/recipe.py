@@ -6,13 +6,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import check_count, check_number
 from ._checks import check_autocast, check_conditioning, check_precision
+from ._state import check_keys, check_moments, check_network, check_settings, in_memory, plain, restored_generator
 from .learning_rate import LearningRate, as_learning_rate
 
 Batch = TypeVar("Batch", Tensor, int)
@@ -99,12 +100,27 @@ class Learner:
         self.optimizer.step()
         return norm
 
+    def settings(self) -> dict[str, Any]:
+        """What the updates depend on but the learning rate."""
+        group = self.optimizer.param_groups[0]
+        return {
+            f"{self.name} {key}": plain(value) for key, value in (("betas", group["betas"]), ("eps", group["eps"]), ("clip", self.clip))
+        }
+
     def state_dict(self) -> dict:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def check_state(self, state: object) -> None:
+        held = check_keys(state, ("network", "optimizer"), self.name)
+        check_network(held["network"], self.network, self.name)
+        check_moments(held["optimizer"], self.parameters, f"the optimizer of {self.name}")
 
     def load_state_dict(self, state: Mapping) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        # Adam goes on in the very tensors it is given, which belong to whoever holds the state.
+        for moments in self.optimizer.state.values():
+            moments.update({name: value.clone() for name, value in moments.items()})
 
 
 class Recipe(ABC, Generic[Batch]):
@@ -113,7 +129,11 @@ class Recipe(ABC, Generic[Batch]):
     `generator` is the exponential moving average of the trained denoiser, called as `generator(x, sigma, **conditioning)`.
     `torn` tells that the last step ended in an error or an interrupt, perhaps with some of its updates made and some not.
     All randomness derives from `seed`: neither the global random state nor a call of `sample` changes a run.
+    `SETTINGS` names the attributes, beside those every recipe has, in which a run must agree with the state it goes on from.
     """
+
+    SETTINGS: ClassVar[tuple[str, ...]] = ()
+    sample_shape: tuple[int, ...] | None = None
 
     def __init__(self, generator: Learner, others: list[Learner], *, ema_decay: float, seed: int, autocast: torch.dtype | None) -> None:
         self.seed = check_count(seed, "seed", 0)
@@ -198,32 +218,64 @@ class Recipe(ABC, Generic[Batch]):
     def state_dict(self) -> dict:
         """Networks, optimisers, average, random state and step: all a run depends on but the teacher, which does not change.
 
+        A copy in main memory, which later steps do not change.
+
         Raises:
             RuntimeError: the last step was torn; what it left is the state of no run.
         """
         self.check_whole()
-        return {
-            "recipe": type(self).__name__,
-            "steps_done": self.steps_done,
-            "seed": self.seed,
-            "rng": self.rng.get_state(),
-            "generator": self.generator.state_dict(),
-            "learners": {name: learner.state_dict() for name, learner in self.learners.items()},
-        }
+        return in_memory(
+            {
+                "recipe": type(self).__name__,
+                "settings": self._settings(),
+                "steps_done": self.steps_done,
+                "sample_shape": self.sample_shape,
+                "rng": self.rng.get_state(),
+                "generator": self.generator.state_dict(),
+                "learners": {name: learner.state_dict() for name, learner in self.learners.items()},
+            }
+        )
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Continue from `state_dict()` of a recipe made with the same arguments."""
-        if state["recipe"] != type(self).__name__:
-            raise ValueError(f"state must be of a {type(self).__name__}, got one of a {state['recipe']}")
-        if set(state["learners"]) != set(self.learners):
-            raise ValueError(f"state must hold the networks {sorted(self.learners)}, got {sorted(state['learners'])}")
+        """Continue from `state_dict()` of a recipe made with the same arguments; learning rates may be others.
+
+        Functions, such as weights, are not compared. The state is not shared with the recipe.
+
+        Raises:
+            ValueError: it is of another recipe, of one with other arguments or networks, or no state; the recipe is as it was.
+        """
+        rng = self._check_state(state)
         self.torn = True
         for name, learner in self.learners.items():
             learner.load_state_dict(state["learners"][name])
         self.generator.load_state_dict(state["generator"])
-        self.steps_done, self.seed = state["steps_done"], state["seed"]
-        self.rng.set_state(state["rng"].cpu())
+        self.steps_done, self.rng = state["steps_done"], rng
+        if state["sample_shape"] is not None:
+            self.sample_shape = tuple(state["sample_shape"])
         self.torn = False
+
+    def _settings(self) -> dict[str, Any]:
+        own = {name: plain(getattr(self, name)) for name in (*self.SETTINGS, "seed", "ema_decay", "autocast", "dtype")}
+        own["device"] = self.device.type
+        for learner in self.learners.values():
+            own.update(learner.settings())
+        return own
+
+    def _check_state(self, state: object) -> torch.Generator:
+        """Refuses what `load_state_dict` could load in part only; the generator as it was."""
+        expected = ("recipe", "settings", "steps_done", "sample_shape", "rng", "generator", "learners")
+        held = check_keys(state, expected, "state")
+        if held["recipe"] != type(self).__name__:
+            raise ValueError(f"state must be of a {type(self).__name__}, got one of a {held['recipe']}")
+        check_settings(held["settings"], self._settings())
+        shape = held["sample_shape"]
+        if None not in (shape, self.sample_shape) and tuple(shape) != self.sample_shape:
+            raise ValueError(f"sample_shape must be the state's {tuple(shape)}, got {self.sample_shape}")
+        learners = check_keys(held["learners"], self.learners, "the state's learners")
+        for name, learner in self.learners.items():
+            learner.check_state(learners[name])
+        check_network(held["generator"], self.generator, "the averaged network")
+        return restored_generator(held["rng"], self.device)
 
 
 def per_element(batch: Tensor) -> float:

@@ -58,6 +58,8 @@ class ScoreTrainer(Recipe[Tensor]):
         autocast: torch.bfloat16 or torch.float16 to run the networks in, or None; what an `OnlineSchedule` observes is never cast.
     """
 
+    SETTINGS = ("loss", "reading", "gamma", "local_ratio", "antithetic", "noise_law", "sigma_data", "label_dropout", "null_label")
+
     def __init__(
         self,
         denoiser: nn.Module,
@@ -208,6 +210,7 @@ class ScoreTrainer(Recipe[Tensor]):
         if ("online" in state) != (self.online is not None):
             held, own = ("an OnlineSchedule", "none") if "online" in state else ("no OnlineSchedule", "one")
             raise ValueError(f"state must be of a ScoreTrainer with the same noise_law, got one with {held} for a trainer with {own}")
+        self._check_state(state)
         if self.online is not None:
             self.online.load_state_dict(state["online"])
         super().load_state_dict(state)

@@ -49,6 +49,9 @@ class SIMDistiller(Recipe[int]):
             difference.
     """
 
+    SETTINGS = ("sigma_init", "distance", "c", "weight", "generator_law", "fake_law", "sigma_data", "fake_steps")
+    sample_shape: tuple[int, ...]
+
     def __init__(
         self,
         teacher: nn.Module,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._checks import check_count
 from ..diffusion.guidance import leaves, map_tensors
+from ._state import check_keys
 from .recipe import Recipe, mixed_seed
 
 BatchSource = Callable[[int], tuple["Tensor | int", "Mapping[str, Tensor] | None"]]
@@ -66,8 +67,12 @@ class Trainer:
         self.progress, self.log, self.seed = progress, log, check_count(seed, "seed", 0)
         if callable(data) and (conditioning is not None or batch_size is not None):
             raise ValueError("conditioning and batch_size must not be given beside a function that makes the batches")
-        self.batches = data if callable(data) else _tensor_batches(data, conditioning, batch_size, self.seed, recipe.device)
-        self._order = {"seed": self.seed, "batch_size": batch_size}
+        samples = None
+        if callable(data):
+            self.batches = data
+        else:
+            self.batches, samples = _tensor_batches(data, conditioning, batch_size, self.seed, recipe.device)
+        self._order = {"seed": self.seed, "batch_size": batch_size, "number of samples": samples}
         self.history: dict[str, list[float]] = {}
 
     def fit(self) -> dict[str, list[float]]:
@@ -79,7 +84,8 @@ class Trainer:
         Raises:
             RuntimeError: launched as one of several processes; or an earlier step was torn, by an error or a second Ctrl-C, and no
                 checkpoint holds a state from before it.
-            ValueError: the checkpoint is of another recipe or run. OSError: the checkpoint cannot be read or written.
+            ValueError: the file is no checkpoint, or one of another recipe, of other arguments (learning rates and functions aside), of
+                another order of the data, or of another number of samples. OSError: it cannot be read or written.
             KeyboardInterrupt: interrupted; the checkpoint, if one is kept, has been written.
         """
         _refuse_several_processes()
@@ -140,18 +146,37 @@ class Trainer:
         os.replace(partial, self.checkpoint)  # a run killed while writing keeps the previous checkpoint
 
     def _resume(self, checkpoint: Path) -> None:
-        state = torch.load(checkpoint, map_location=self.recipe.device, weights_only=True)
+        held = _read(checkpoint)
         for name, value in self._order.items():
-            if state["order"][name] != value:
-                raise ValueError(f"{name} must be the checkpoint's {state['order'][name]} to resume {checkpoint}, got {value}")
-        self.recipe.load_state_dict(state["recipe"])
-        self.history = state["history"]
+            if held["order"][name] != value:
+                raise ValueError(f"{name} must be the checkpoint's {held['order'][name]} to resume {checkpoint}, got {value}")
+        try:
+            self.recipe.load_state_dict(held["recipe"])
+        except ValueError as error:
+            raise ValueError(f"checkpoint {checkpoint}: {error}") from error
+        self.history = held["history"]
+
+
+def _read(checkpoint: Path) -> Mapping[str, Any]:
+    """What `Trainer` has written there, in main memory."""
+    try:
+        held = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch.load has no error of its own: a damaged file ends in whatever its bytes lead to
+        raise ValueError(
+            f"checkpoint must be a file that a Trainer has written, got {checkpoint}, which cannot be read: {error!r}"
+        ) from error
+    check_keys(held, ("recipe", "history", "order"), f"checkpoint {checkpoint}")
+    check_keys(held["order"], ("seed", "batch_size", "number of samples"), f"order of the checkpoint {checkpoint}")
+    check_keys(held["recipe"], (), f"recipe of the checkpoint {checkpoint}")
+    return held
 
 
 def _tensor_batches(
     data: Tensor | None, conditioning: Mapping[str, Tensor] | None, batch_size: int | None, seed: int, device: torch.device
-) -> BatchSource:
-    """step -> (batch, conditioning): epochs of shuffled samples, computed from the step alone."""
+) -> tuple[BatchSource, int | None]:
+    """step -> (batch, conditioning): epochs of shuffled samples, computed from the step alone; and of how many samples."""
     if batch_size is None:
         raise ValueError("batch_size must be given with data in a tensor, or without data")
     check_count(batch_size, "batch_size")
@@ -168,7 +193,7 @@ def _tensor_batches(
     if len(set(sizes.values())) > 1:
         raise ValueError(f"data and conditioning must have equally many samples, got {sizes}")
     if not sources:
-        return lambda step: (batch_size, None)
+        return lambda step: (batch_size, None), None
     total = next(iter(sizes.values()))
     orders: dict[int, Tensor] = {}
 
@@ -186,7 +211,7 @@ def _tensor_batches(
         drawn = map_tensors(lambda source: source[index.to(source.device)].to(device), {"data": data, "conditioning": given})
         return batch_size if data is None else drawn["data"], drawn["conditioning"] or None
 
-    return batches
+    return batches, total
 
 
 def _refuse_several_processes() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from fastdiff_kernels import _derivatives
 from fastdiff_kernels.diffusion import Schedule
-from fastdiff_kernels.distill import MomentMatchingDistiller, ScoreTrainer, SIMDistiller
+from fastdiff_kernels.distill import LogNormal, MomentMatchingDistiller, ScoreTrainer, SIMDistiller
 from fastdiff_kernels.distill.recipe import mixed_seed
 
 RECIPES = {
@@ -96,7 +96,8 @@ def test_resumed_run_is_the_uninterrupted_run(tiny_denoiser, make, tmp_path):
     begun = make(tiny_denoiser(dropout=0.2))
     run(begun, data[:3])
     torch.save(begun.state_dict(), tmp_path / "state.pt")
-    resumed = make(tiny_denoiser(dropout=0.2), seed=99)
+    resumed = make(tiny_denoiser(dropout=0.2))
+    run(resumed, data[5:])  # elsewhere than the run it is to take up
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     run(resumed, data[3:])
     assert_equal_state(whole.state_dict(), resumed.state_dict())
@@ -188,6 +189,110 @@ def test_state_of_another_recipe_is_refused(tiny_denoiser):
     state = RECIPES["sim"](tiny_denoiser()).state_dict()
     with pytest.raises(ValueError, match="state must be of a ScoreTrainer, got one of a SIMDistiller"):
         RECIPES["dsm"](tiny_denoiser()).load_state_dict(state)
+
+
+@every_recipe
+def test_a_state_is_a_copy_that_neither_run_changes(tiny_denoiser, make):
+    first, second = make(tiny_denoiser()), make(tiny_denoiser())
+    run(first, batches(3))
+    state = first.state_dict()
+    kept = copy.deepcopy(state)
+    second.load_state_dict(state)
+    ahead = run(first, batches(2))
+    assert run(second, batches(2)) == ahead
+    assert_equal_state(state, kept)
+    first.load_state_dict(state)
+    assert run(first, batches(2)) == ahead
+
+
+@every_recipe
+def test_samples_can_be_drawn_of_a_state_alone(tiny_denoiser, make):
+    trained, loaded = make(tiny_denoiser()), make(tiny_denoiser())
+    run(trained, batches(1))
+    loaded.load_state_dict(trained.state_dict())
+    options = {"schedule": Schedule.karras(2, 0.1, 10.0)} if isinstance(trained, ScoreTrainer) else {}
+    assert torch.equal(loaded.sample(2, **options), trained.sample(2, **options))
+
+
+def one_number(count, generator):
+    return torch.full((count,), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("score", {"loss": "lcss"}, "loss must be the state's 'dsm', got 'lcss'"),
+        ("score", {"label_dropout": 0.5}, "label_dropout must be the state's 0.0, got 0.5"),
+        (
+            "score",
+            {"noise_law": LogNormal(0.0)},
+            r"noise_law must be the state's 'LogNormal\(mean=-1.2, .*', got 'LogNormal\(mean=0.0, .*'",
+        ),
+        ("score", {"noise_law": one_number}, "noise_law must be the state's .*, got 'function'"),
+        ("score", {"betas": (0.5, 0.6)}, r"denoiser betas must be the state's \[0.9, 0.999\], got \[0.5, 0.6\]"),
+        ("score", {"eps": 1e-3}, "denoiser eps must be the state's 1e-08, got 0.001"),
+        ("score", {"seed": 5}, "seed must be the state's 0, got 5"),
+        ("score", {"ema_decay": 0.5}, "ema_decay must be the state's 0.999, got 0.5"),
+        ("score", {"autocast": torch.bfloat16}, "autocast must be the state's None, got 'torch.bfloat16'"),
+        ("score", {"sample_shape": (1, 8, 8)}, r"sample_shape must be the state's \(1, 4, 4\), got \(1, 8, 8\)"),
+        ("moment_matching", {"num_steps": 8}, "num_steps must be the state's 2, got 8"),
+        ("sim", {"sigma_init": 5.0}, "sigma_init must be the state's 2.5, got 5.0"),
+        ("sim", {"clip": None}, "student clip must be the state's 1.0, got inf"),
+    ],
+)
+def test_a_state_of_other_arguments_is_refused(tiny_denoiser, kind, options, message):
+    make = {
+        "score": lambda **given: ScoreTrainer(tiny_denoiser(), **given),
+        "moment_matching": lambda **given: MomentMatchingDistiller(tiny_denoiser(), **{"num_steps": 2, **given}),
+        "sim": lambda **given: SIMDistiller(tiny_denoiser(), sample_shape=(1, 4, 4), **given),
+    }[kind]
+    saved = make()
+    run(saved, batches(1))
+    other = make(**options)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(saved.state_dict())
+    faster = make(learning_rate=0.1)
+    faster.load_state_dict(saved.state_dict())
+    run(faster, batches(1))
+    assert next(iter(faster.learners.values())).optimizer.param_groups[0]["lr"] == 0.1
+
+
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: {**state, "rng": torch.zeros(16, dtype=torch.uint8)}, r"rng must be the state of a cpu generator, got \[16\]"),
+        (lambda state: without(state, "settings"), "state must hold settings too, as this version saves it"),
+        (lambda state: {**state, "generator": {}}, "the averaged network must hold .* too"),
+        (lambda state: {**state, "generator": {**state["generator"], "a": torch.ones(3)}}, r"must hold nothing for a, got a tensor \[3\]"),
+        (lambda state: {**state, "learners": without(state["learners"], "fake")}, "the state's learners must hold fake too"),
+        (
+            lambda state: {**state, "learners": {**state["learners"], "fake": {**state["learners"]["fake"], "optimizer": {}}}},
+            "the optimizer of fake must hold state, param_groups too",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(tiny_denoiser, spoil, message):
+    saved, recipe = (RECIPES["sim"](tiny_denoiser()) for _ in range(2))
+    run(saved, batches(2))
+    run(recipe, batches(1))
+    before = recipe.state_dict()
+    with pytest.raises(ValueError, match=message):
+        recipe.load_state_dict(spoil(saved.state_dict()))
+    assert_equal_state(recipe.state_dict(), before)
+
+
+def test_a_state_of_other_networks_is_refused(gaussian_denoiser):
+    saved, other = ScoreTrainer(gaussian_denoiser(0.0, 1.0)), ScoreTrainer(gaussian_denoiser([0.0, 1.0], 1.0))
+    with pytest.raises(ValueError, match=r"denoiser must hold a tensor \[2\] for mean, got a tensor \[\]"):
+        other.load_state_dict(saved.state_dict())
+    half_frozen = gaussian_denoiser(0.0, 1.0)
+    half_frozen.std.requires_grad_(False)
+    with pytest.raises(ValueError, match="the optimizer of denoiser must be of 1 trained parameters, got one of 2"):
+        ScoreTrainer(half_frozen).load_state_dict(saved.state_dict())
 
 
 def test_gradients_are_clipped(tiny_denoiser):

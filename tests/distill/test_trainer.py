@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from fastdiff_kernels.diffusion import Schedule
 from fastdiff_kernels.distill import MomentMatchingDistiller, ScoreTrainer, SIMDistiller, Trainer
 
 DATA = torch.randn(10, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -286,6 +287,51 @@ def test_a_checkpoint_of_another_order_of_the_data_is_refused(recipe, tmp_path):
         trainer(recipe(), checkpoint=tmp_path / "run.pt", seed=1).fit()
     with pytest.raises(ValueError, match="batch_size must be the checkpoint's 4"):
         trainer(recipe(), checkpoint=tmp_path / "run.pt", batch_size=5).fit()
+    with pytest.raises(ValueError, match=r"number of samples must be the checkpoint's 10 to resume .*run.pt, got 9"):
+        Trainer(recipe(), DATA[:9], steps=8, batch_size=4, checkpoint=tmp_path / "run.pt").fit()
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_and_named(recipe, tiny_denoiser, tmp_path):
+    trainer(recipe(), checkpoint=tmp_path / "run.pt", steps=1).fit()
+    with pytest.raises(ValueError, match=r"checkpoint .*run.pt: loss must be the state's 'dsm', got 'lcss'"):
+        trainer(ScoreTrainer(tiny_denoiser(dropout=0.1), loss="lcss"), checkpoint=tmp_path / "run.pt").fit()
+
+
+def test_samples_can_be_drawn_after_a_finished_run_was_taken_up(recipe, tmp_path):
+    first, again = recipe(), recipe()
+    for one in (first, again):
+        trainer(one, checkpoint=tmp_path / "run.pt", steps=2).fit()
+    assert torch.equal(again.sample(2, schedule=Schedule.karras(2, 0.1, 10.0)), first.sample(2, schedule=Schedule.karras(2, 0.1, 10.0)))
+
+
+def damaged(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def of_an_earlier_layout(path):
+    held = torch.load(path, weights_only=True)
+    del held["order"]["number of samples"]
+    torch.save(held, path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_bytes(b"abc"), "checkpoint must be a file that a Trainer has written, got .*run.pt, which cannot be read"),
+        (lambda path: path.write_bytes(b""), "checkpoint must be a file that a Trainer has written, got .*run.pt, which cannot be read"),
+        (damaged, "checkpoint must be a file that a Trainer has written, got .*run.pt, which cannot be read"),
+        (lambda path: torch.save({"model": 1}, path), "checkpoint .*run.pt must hold recipe, history, order too, .* got model"),
+        (lambda path: torch.save([1], path), "checkpoint .*run.pt must be a dict, got list"),
+        (of_an_earlier_layout, "order of the checkpoint .*run.pt must hold number of samples too, as this version saves it"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_named(recipe, tmp_path, write, message):
+    trainer(recipe(), checkpoint=tmp_path / "run.pt", steps=1).fit()
+    write(tmp_path / "run.pt")
+    held = (tmp_path / "run.pt").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        trainer(recipe(), checkpoint=tmp_path / "run.pt").fit()
+    assert (tmp_path / "run.pt").read_bytes() == held
 
 
 @pytest.mark.parametrize("place", ["file/run.pt", "folder"])
