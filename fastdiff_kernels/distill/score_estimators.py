@@ -35,7 +35,7 @@ def exact_score_matching(score: Score, x: Tensor) -> Tensor:
     point, value = _differentiable(score, x)
     flat, trace = value.flatten(1), value.new_zeros(x.shape[0])
     for i in range(flat.shape[1]):
-        (row,) = torch.autograd.grad(flat[:, i].sum(), point, create_graph=True)
+        (row,) = torch.autograd.grad(flat[:, i].sum(), point, create_graph=True, materialize_grads=True)
         trace = trace + row.flatten(1)[:, i]
     return trace + _half_square(value)
 
@@ -58,7 +58,7 @@ def sliced_score_matching(
     trace = value.new_zeros(x.shape[0])
     for _ in range(check_count(projections, "projections")):
         v = _directions(x, law, generator)
-        (product,) = torch.autograd.grad(_dot(value, v).sum(), point, create_graph=True)
+        (product,) = torch.autograd.grad(_dot(value, v).sum(), point, create_graph=True, materialize_grads=True)
         trace = trace + _dot(product, v)
     return trace / projections + _half_square(value)
 

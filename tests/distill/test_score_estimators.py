@@ -54,6 +54,14 @@ def test_exact_score_matching_is_the_objective():
     torch.testing.assert_close(estimators.exact_score_matching(MIXTURE, x), MIXTURE.objective(x))
 
 
+def test_a_score_that_is_the_same_everywhere_has_no_trace():
+    x, bias = MIXTURE.sample(5), torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64, requires_grad=True)
+    for estimator in (estimators.exact_score_matching, estimators.sliced_score_matching):
+        loss = estimator(lambda x: bias.expand_as(x), x)
+        assert loss.tolist() == [3.0] * 5
+        torch.testing.assert_close(torch.autograd.grad(loss.mean(), bias)[0], bias.detach())
+
+
 @pytest.mark.parametrize("law", estimators.PROJECTIONS)
 @pytest.mark.parametrize("projections", [1, 3])
 def test_sliced_score_matching_is_unbiased(law, projections):
