@@ -17,7 +17,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains, speeds up and distils a diffusion model on real images; writes a report, metrics.json and the networks.",
     )
     demo.add_argument("--data", metavar="FOLDER", help="images of your own, sub-folders are the classes (default: scikit-learn's digits)")
-    demo.add_argument("--size", type=int, default=16, help="side length that the images of --data are resized to (default: %(default)s)")
+    demo.add_argument("--size", type=int, help="side length that the images of --data are resized to (default: 16)")
     demo.add_argument("--fast", action="store_true", help="the same stages in under 90 seconds on two cores, without the quality")
     demo.add_argument(
         "--out", metavar="FOLDER", default="out/demo", help="folder to write, new or an earlier demo's (default: %(default)s)"

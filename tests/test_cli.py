@@ -53,6 +53,12 @@ def test_a_missing_folder_is_said_and_not_a_traceback(ran, capsys, tmp_path):
     assert not ran
 
 
+def test_a_size_of_the_digits_is_refused(ran, capsys):
+    assert cli.main(["demo", "--size", "32"]) == 2
+    assert "size belongs to a folder of images and must not be given without data, got 32" in capsys.readouterr().err
+    assert not ran
+
+
 def test_a_folder_of_other_files_is_said_and_not_a_traceback(capsys, tmp_path):
     (tmp_path / "thesis.tex").touch()
     assert cli.main(["demo", "--fast", "--quiet", "--out", str(tmp_path)]) == 2

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SIGMA_DATA = 0.5
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -63,16 +67,35 @@ def load_digits() -> ImageData:
 def _pixels(path: Path, size: int) -> Tensor:
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
-        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX)
-    return torch.from_numpy(np.asarray(square, dtype=np.float32) / 255).permute(2, 0, 1)
+    try:
+        with Image.open(path) as image:
+            whole, white = _full_range(image, path)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"data must hold images that can be read, got '{path}': {error}") from error
+    square = (
+        np.asarray(ImageOps.fit(whole, (size, size), Image.Resampling.BOX), dtype=np.float32) / white
+    )  # [size, size] or [size, size, 3]
+    return torch.from_numpy(square).reshape(size, size, -1).permute(2, 0, 1).expand(3, size, size)
+
+
+def _full_range(image: Image.Image, path: Path) -> tuple[Image.Image, float]:
+    """The picture in a mode that holds all its values, and the value of white."""
+    from PIL import Image
+
+    # Pillow clips these to 255 on their way to RGB. A 16-bit PNG or PGM may come in mode I as well.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in {"PNG", "PPM"}):
+        return Image.fromarray(np.asarray(image).astype(np.float32)), 65535.0
+    if image.mode in {"I", "F"}:
+        raise ValueError(f"data must hold images of 8 or 16 bits a channel, got '{path}' of 32, whose value of white is unknown")
+    return image.convert("RGB"), 255.0
 
 
 def load_folder(folder: str | Path, size: int = 16) -> ImageData:
     """Every image below ``folder``, cropped to its central square and resized to ``size`` x ``size``.
 
     Sub-folders are the classes; without any, all images are one class. Grey pictures become one channel.
-    Raises ValueError if there are fewer than 64 images, or a class with fewer than three, or images beside class folders.
+    Raises ValueError if there are fewer than 64 images, or a class with fewer than three, or images beside class folders, or an image
+    that cannot be read or has 32 bits a channel.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -22,9 +22,13 @@ from .store import Store, write_json
 from .workers import new_judge, one_thread, run_stages, stage_functions
 
 
-def load_data(folder: str | Path | None, size: int) -> ImageData:
-    """The digits, or the folder's images."""
-    return load_digits() if folder is None else load_folder(folder, size)
+def load_data(folder: str | Path | None, size: int | None) -> ImageData:
+    """The digits, or the folder's images at `size`, 16 unless given; ValueError for a size of the digits."""
+    if folder is not None:
+        return load_folder(folder, 16 if size is None else size)
+    if size is not None:
+        raise ValueError(f"size belongs to a folder of images and must not be given without data, got {size}")
+    return load_digits()
 
 
 def run_demo(

@@ -93,6 +93,38 @@ def test_bad_folders_are_refused(tmp_path):
         load_folder(tmp_path / "mixed", size=10)
 
 
+@pytest.mark.parametrize(("suffix", "stored"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2")])
+def test_sixteen_bits_keep_their_range(tmp_path, suffix, stored):
+    values = np.random.default_rng(0).integers(0, 65536, (64, 8, 8)).astype(stored)
+    for index, value in enumerate(values):
+        Image.fromarray(value).save(tmp_path / f"{index:02d}.{suffix}")
+    data = load_folder(tmp_path, size=8)
+    expected = torch.from_numpy(values.astype(np.float32) / 65535).unsqueeze(1)
+    torch.testing.assert_close(data.to_pixels(data.images), expected)
+
+
+def test_sixteen_bits_and_eight_have_one_white(tmp_path):
+    for index in range(32):
+        Image.new("RGB", (8, 8), (255, 0, 128)).save(tmp_path / f"{index:02d}.png")
+        Image.fromarray(np.full((16, 16), 65535, np.uint16)).save(tmp_path / f"{index + 32}.png")
+    data = load_folder(tmp_path, size=8)
+    assert data.images.shape == (64, 3, 8, 8)
+    torch.testing.assert_close(data.to_pixels(data.images)[[0, 32], :, 0, 0], torch.tensor([[1, 0, 128 / 255], [1, 1, 1]]))
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    make_folder(tmp_path, [""], each=70)
+    whole = (tmp_path / "007.png").read_bytes()
+    for content in (b"no image", whole[: len(whole) // 2]):
+        (tmp_path / "007.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"data must hold images that can be read, got '.*007\.png': "):
+            load_folder(tmp_path, size=8)
+    (tmp_path / "007.png").unlink()
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "007.tif")
+    with pytest.raises(ValueError, match=r"data must hold images of 8 or 16 bits a channel, got '.*007\.tif' of 32"):
+        load_folder(tmp_path, size=8)
+
+
 def test_images_that_are_all_equal_are_refused(tmp_path):
     for index in range(64):
         Image.new("L", (8, 8), 7).save(tmp_path / f"{index}.png")
