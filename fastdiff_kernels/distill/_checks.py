@@ -53,12 +53,14 @@ def check_flag(value: bool, name: str) -> bool:
 
 
 def check_data(batch: object, name: str, sample_shape: tuple[int, ...] | None, like: Tensor) -> Tensor:
-    """Clean data [B, *sample_shape] of `like`'s dtype and device."""
+    """Clean data [B, *sample_shape], B at least 1, of `like`'s dtype and device."""
     if not isinstance(batch, Tensor):
         raise TypeError(f"{name} must be a tensor of clean data [B, ...], got {type(batch).__name__}")
     if batch.dim() < 1 or (sample_shape is not None and tuple(batch.shape[1:]) != sample_shape):
         expected = "[B, ...]" if sample_shape is None else f"[B, {', '.join(map(str, sample_shape))}]"
         raise ValueError(f"{name} must have shape {expected}, got {list(batch.shape)}")
+    if batch.shape[0] == 0:
+        raise ValueError(f"{name} must hold at least one sample, got none")
     if batch.dtype != like.dtype:
         raise TypeError(f"{name} must have the network's dtype {like.dtype}, got {batch.dtype}")
     if batch.device != like.device:

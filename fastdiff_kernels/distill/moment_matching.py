@@ -100,8 +100,6 @@ class MomentMatchingDistiller(Recipe[Tensor]):
 
     def _check_batch(self, batch: Tensor | int) -> Tensor:
         data = check_data(batch, "batch", self.sample_shape, self.learners["student"].parameters[0])
-        if data.shape[0] == 0:
-            raise ValueError("batch must hold at least one sample, got none")
         self.sample_shape = tuple(data.shape[1:])
         return data
 

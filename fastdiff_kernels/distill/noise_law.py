@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from .._checks import check_number
 from ..diffusion import lognormal_sigmas, uniform_karras_sigmas
+
+NoiseLaw = Callable[[int, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,15 @@ class KarrasUniform:
         """`count` noise levels, float32 [count], on the generator's device."""
         laws = {"u_max": self.u_max, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "rho": self.rho}
         return uniform_karras_sigmas(count, **laws, device=generator.device, generator=generator)
+
+
+def draw_levels(law: NoiseLaw, name: str, count: int, generator: torch.Generator) -> Tensor:
+    """`count` noise levels [count] of the law that argument `name` gave."""
+    sigma = law(count, generator)
+    if not isinstance(sigma, Tensor) or not sigma.is_floating_point() or sigma.shape != (count,):
+        got = f"{sigma.dtype} {list(sigma.shape)}" if isinstance(sigma, Tensor) else type(sigma).__name__
+        raise ValueError(f"{name} must return floating-point noise levels of shape [{count}], got {got}")
+    # To look at those on a GPU would synchronise with it in every step.
+    if sigma.device.type == "cpu" and not bool(((sigma > 0) & sigma.isfinite()).all()):
+        raise ValueError(f"{name} must return positive and finite noise levels, got from {sigma.min():.4g} to {sigma.max():.4g}")
+    return sigma

@@ -152,7 +152,7 @@ class Recipe(ABC, Generic[Batch]):
         """One training step.
 
         Args:
-            batch: clean data [B, ...] of the network's dtype and device, or, where the method needs no data, how many samples.
+            batch: clean data [B, ...], B > 0, of the network's dtype and device, or, where the method needs no data, how many samples.
             conditioning: keyword arguments for the denoiser, tensors [B, ...], for example {"class_labels": int64 [B]}, or dicts of them.
 
         Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from ..diffusion.costs import RawDenoiser
 from ..diffusion.costs import check_denoiser as check_raw_denoiser
 from ._checks import HALF_PRECISION, check_conditioning, check_data, check_denoiser, check_flag, check_shape
 from .learning_rate import LearningRate
-from .noise_law import EDM_LAW
+from .noise_law import EDM_LAW, NoiseLaw, draw_levels
 from .recipe import Learner, Recipe, data_scale, mixed_seed, per_element, per_sample
 
 
@@ -41,8 +41,8 @@ class ScoreTrainer(Recipe[Tensor]):
             which must be float32 or float64: in 16 bits the steps of Adam and of the average round away.
         loss: "dsm" or "lcss".
         learning_rate: a number or a `LearningRate`.
-        noise_law: noise levels of the training, EDM's log-normal unless given; called as noise_law(count, generator) -> float32 [count].
-            An `OnlineSchedule` besides observes the averaged denoiser on every batch, before the step, which after its burn-in costs a
+        noise_law: noise levels of the training, EDM's log-normal unless given; called as noise_law(count, generator) -> float32 [count],
+            > 0. An `OnlineSchedule` besides observes the averaged denoiser on every batch, before the step, which after its burn-in costs a
             forward pass on twice the batch. It is part of the trainer's state, and its levels are those of `sample`. It needs a float32 or
             float64 denoiser with `.raw`, as `EDMPrecond` has it, and should be given to one trainer alone.
         sigma_data: scale of the data in the weight; the denoiser's own unless given.
@@ -66,7 +66,7 @@ class ScoreTrainer(Recipe[Tensor]):
         *,
         loss: str = "dsm",
         learning_rate: float | LearningRate = 1e-3,
-        noise_law: Callable[[int, torch.Generator], Tensor] = EDM_LAW,
+        noise_law: NoiseLaw = EDM_LAW,
         sigma_data: float | None = None,
         reading: str | None = None,
         gamma: float | None = None,
@@ -119,7 +119,7 @@ class ScoreTrainer(Recipe[Tensor]):
             with torch.autocast(self.device.type, enabled=False):
                 self.online.observe(cast(RawDenoiser, self.generator), batch, conditioning)
         conditioning = self._drop_labels(conditioning)
-        sigma = self.noise_law(batch.shape[0], self.rng)  # [B]
+        sigma = draw_levels(self.noise_law, "noise_law", batch.shape[0], self.rng)  # [B]
         if self.loss == "dsm":
             losses = self.dsm_losses(batch, sigma, self._randn(batch.shape), conditioning, factor=per_element(batch))
         else:

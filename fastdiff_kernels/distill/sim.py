@@ -12,7 +12,7 @@ from .._checks import check_choice, check_count, check_number
 from ..diffusion import edm_weight
 from ._checks import check_conditioning, check_data, check_denoiser, check_shape
 from .learning_rate import LearningRate
-from .noise_law import EDM_LAW
+from .noise_law import EDM_LAW, NoiseLaw, draw_levels
 from .recipe import Learner, Recipe, data_scale, frozen, mixed_seed, per_element, per_sample, same_level, trainable_copy
 
 
@@ -39,7 +39,7 @@ class SIMDistiller(Recipe[int]):
         c: of "pseudo_huber" alone, its constant, on the norm over all elements of a denoised sample; 1e-3 unless given.
         weight: weight(sigma) [B] -> [B]; 1 unless given.
         generator_law, fake_law: noise levels of either half, EDM's log-normal unless given; called as law(count, generator) and giving
-            float32 [count].
+            float32 [count], > 0.
         sigma_data: scale of the data in the fake's weight; the teacher's own unless given.
         fake_steps: updates of the fake for one of the generator.
         betas, eps, clip: of both Adams, and the norm the gradients are clipped at (None: not).
@@ -63,8 +63,8 @@ class SIMDistiller(Recipe[int]):
         distance: str = "pseudo_huber",
         c: float | None = None,
         weight: Callable[[Tensor], Tensor] | None = None,
-        generator_law: Callable[[int, torch.Generator], Tensor] = EDM_LAW,
-        fake_law: Callable[[int, torch.Generator], Tensor] = EDM_LAW,
+        generator_law: NoiseLaw = EDM_LAW,
+        fake_law: NoiseLaw = EDM_LAW,
         sigma_data: float | None = None,
         fake_steps: int = 1,
         betas: tuple[float, float] = (0.0, 0.99),
@@ -102,7 +102,7 @@ class SIMDistiller(Recipe[int]):
         for _ in range(self.fake_steps):
             fake_loss, fake_norm = self._fake_step(batch, conditioning)
         clean = self._generate(self._randn((batch, *self.sample_shape)), conditioning)  # [B, ...]
-        sigma = self.generator_law(batch, self.rng)  # [B]
+        sigma = draw_levels(self.generator_law, "generator_law", batch, self.rng)  # [B]
         losses, gap = self.generator_losses(clean, sigma, self._randn(clean.shape), conditioning)
         loss = losses.mean()
         norm = self.learners["student"].update(loss, self.steps_done)
@@ -111,7 +111,7 @@ class SIMDistiller(Recipe[int]):
     def _fake_step(self, batch: int, conditioning: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             clean = self._generate(self._randn((batch, *self.sample_shape)), conditioning)
-        sigma = self.fake_law(batch, self.rng)
+        sigma = draw_levels(self.fake_law, "fake_law", batch, self.rng)  # [B]
         denoised = self.fake(clean + per_sample(sigma, clean) * self._randn(clean.shape), sigma, **conditioning)
         loss = ops.denoising_loss(denoised, clean, weight=per_element(clean) * edm_weight(sigma, self.sigma_data)).sum()
         return loss, self.learners["fake"].update(loss, self.steps_done)

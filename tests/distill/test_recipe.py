@@ -185,6 +185,33 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny_denoiser, make):
     torch.testing.assert_close(learner.parameters, before, rtol=0, atol=0, equal_nan=True)
 
 
+@every_recipe
+def test_an_empty_batch_is_no_step(tiny_denoiser, make):
+    recipe = make(tiny_denoiser())
+    images, conditioning = batches(1, size=0)[0]
+    with pytest.raises(ValueError, match="batch must hold at least one sample, got none"):
+        recipe.step(images, conditioning)
+    assert recipe.steps_done == 0
+
+
+@pytest.mark.parametrize(("name", "law"), [("dsm", "noise_law"), ("lcss", "noise_law"), ("sim", "generator_law"), ("sim", "fake_law")])
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (lambda count, rng: -torch.ones(count), "positive and finite noise levels, got from -1 to -1"),
+        (lambda count, rng: torch.arange(count).float(), "positive and finite noise levels, got from 0 to 5"),
+        (lambda count, rng: torch.full((count,), float("inf")), "positive and finite noise levels, got from inf to inf"),
+        (lambda count, rng: torch.ones(count, dtype=torch.int64), r"floating-point noise levels of shape \[6\], got torch.int64 \[6\]"),
+        (lambda count, rng: torch.ones(1), r"floating-point noise levels of shape \[6\], got torch.float32 \[1\]"),
+        (lambda count, rng: 2.0, r"floating-point noise levels of shape \[6\], got float"),
+    ],
+)
+def test_a_law_must_give_noise_levels(tiny_denoiser, name, law, levels, message):
+    recipe = RECIPES[name](tiny_denoiser(), **{law: levels})
+    with pytest.raises(ValueError, match=f"{law} must return {message}"):
+        recipe.step(*batches(1)[0])
+
+
 def test_state_of_another_recipe_is_refused(tiny_denoiser):
     state = RECIPES["sim"](tiny_denoiser()).state_dict()
     with pytest.raises(ValueError, match="state must be of a ScoreTrainer, got one of a SIMDistiller"):
