@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def run_demo(
         say: called with each line of the summary.
 
     Returns:
-        What ``metrics.json`` holds.
+        What ``metrics.json`` holds. A PSNR is None where the samples are those they are compared with.
 
     Raises:
         FileExistsError: `out` holds files and no demo has written there before.
@@ -80,11 +81,12 @@ def run_demo(
     bench = Bench(settings, data, judge, store.checkpoints, report=lambda stage, share: None, results=results)
     metrics = _metrics(bench, timings) | {"workers": workers, "total_s": time.perf_counter() - start}
     write_report(bench, metrics, out)
-    write_json(out / "metrics.json", metrics)
+    written = _without_infinity(metrics)
+    write_json(out / "metrics.json", written)
     for line in summary(metrics):
         say(line)
     say(f"report: {out / 'report.html'}")
-    return metrics
+    return written
 
 
 def _metrics(bench: Bench, timings: dict[str, dict]) -> dict:
@@ -106,6 +108,13 @@ def _metrics(bench: Bench, timings: dict[str, dict]) -> dict:
         "skipping": bench.results["skipping"].details,
         "stages": timings,
     }
+
+
+def _without_infinity(metrics: dict) -> dict:
+    """JSON has no infinity, which the PSNR of equal samples is; any other number that is not finite is a fault, and stays."""
+    rows = {name: row | {"psnr": None} if row.get("psnr") == math.inf else row for name, row in metrics["rows"].items()}
+    bars = [bar | {"value": None} if "PSNR" in bar["name"] and bar["value"] == math.inf else bar for bar in metrics["bars"]]
+    return metrics | {"rows": rows, "bars": bars}
 
 
 def summary(metrics: dict) -> list[str]:

@@ -148,6 +148,20 @@ def test_an_interrupted_run_resumes_and_ends_as_an_uninterrupted_one(finished, f
     assert deterministic(metrics) == deterministic(finished[0])
 
 
+def test_a_run_in_which_no_step_is_skipped_ends_with_its_report(few_digits, tmp_path):
+    settings = dataclasses.replace(TINY, skip_threshold=0.0, skip_steps=6, schedule_steps=(4,), moment_matching_steps=(1,))
+    said = []
+    metrics = run_demo(settings, tmp_path, data=few_digits, progress=False, say=said.append)
+    assert metrics["rows"]["adaptive_linspace_hold"]["calls"] == 6
+    assert metrics["rows"]["adaptive_linspace_hold"]["psnr"] is None
+    bar = next(bar for bar in metrics["bars"] if bar["name"] == "AdaptiveSkip PSNR (dB)")
+    assert bar["value"] is None
+    assert bar["passed"]
+    assert "ok     AdaptiveSkip PSNR (dB): inf >= 30" in said
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert "6 network calls, inf dB" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_fewer_workers_than_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         run_demo(TINY, tmp_path, workers=0)
