@@ -49,7 +49,7 @@ def _backward_row(op: Op) -> Op:
 
     def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
         empty = channels_last_aware_empty if op.keeps_channels_last else _contiguous_empty
-        return one_or_all([empty(call(args)[i]) if need else _absent(args) for i, need in zip(wanted, args[-1], strict=True)])
+        return one_or_all([empty(call(args)[i]) if need else _absent(call(args)) for i, need in zip(wanted, args[-1], strict=True)])
 
     size, of_call = _about_call(op, call)
 
@@ -129,8 +129,12 @@ def _vjp_below_autograd(op: Op, wanted: Sequence[int], grads: Sequence[Tensor | 
     chosen, of_chosen = _restrict(op, wanted, call, needs)
     with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _exclude_without_autograd()):
         leaves = [call[i].detach().requires_grad_() for i in chosen]
-        used = [(o, grad) for o, grad in zip(of_chosen(*leaves), grads, strict=True) if grad is not None]
-        found = torch.autograd.grad([o for o, _ in used], leaves, [grad for _, grad in used], materialize_grads=True)
+        # An output need not depend on the arguments whose gradient is asked for.
+        used = [(o, grad) for o, grad in zip(of_chosen(*leaves), grads, strict=True) if grad is not None and o.requires_grad]
+        if used:
+            found = torch.autograd.grad([o for o, _ in used], leaves, [grad for _, grad in used], materialize_grads=True)
+        else:
+            found = tuple(torch.zeros_like(leaf) for leaf in leaves)
     return _spread(found, call, needs)
 
 

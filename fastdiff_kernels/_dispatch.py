@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _loader
-from ._backends import has_kernel, missing_cpu_kernel, order, refusal, run, run_definition, without_cpu_kernel
+from ._backends import define, has_kernel, missing_cpu_kernel, order, refusal, run, run_definition, without_cpu_kernel
 from ._companions import TABLE
 from ._derivatives import autograd_kernel, without_derivative
 from ._registry import Op, overload
@@ -22,7 +22,7 @@ _cuda_library = torch.library.Library("fastdiff_cuda", "DEF")
 def _cpu_fallback(op: Op) -> Callable:
     def kernel(*args):
         _warn_missing()
-        return op.reference(*args)
+        return define(op, args)
 
     return kernel
 

@@ -153,7 +153,13 @@ def _attention_refuses(name: str, *args: Any) -> str | None:
         return _sdpa.refusal(*args)
     if name == "triton" and args[0].dtype == torch.float64:
         return "its Triton kernels are for float32, bfloat16 and float16"
+    if name == "triton" and max(3 * _padded_elements(x) for x in args[:2]) >= 2**31:
+        return "its Triton kernels reach 2^31 elements of a sample, of a whole projection"
     return None
+
+
+def _padded_elements(x: Tensor) -> int:
+    return x.shape[1] * x.shape[2] * (x.shape[3] + 7)
 
 
 def _attention_refuses_gradients(name: str, *grads: Tensor | None) -> str | None:

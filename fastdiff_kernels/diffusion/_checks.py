@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_positive
+from ..ops._checks import readable
 
 
 def check_samples(x: Tensor, name: str) -> Tensor:
@@ -30,7 +31,7 @@ def batched_sigma(sigma: float | Tensor, x: Tensor, name: str = "sigma") -> Tens
             raise ValueError(f"{name} must be a number, a 0-d tensor or a tensor of shape [{x.shape[0]}], got shape {list(sigma.shape)}")
         if sigma.ndim == 1 and sigma.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like x, got {sigma.device}")
-        if _readable(sigma) and not bool(((sigma > 0) & (sigma < math.inf)).all()):
+        if readable(sigma) and not bool(((sigma > 0) & (sigma < math.inf)).all()):
             raise ValueError(f"{name} must be positive and finite, got {sigma.tolist()}")
         dtype = torch.promote_types(sigma.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32)
         sigma = sigma.to(device=x.device, dtype=dtype)
@@ -38,11 +39,6 @@ def batched_sigma(sigma: float | Tensor, x: Tensor, name: str = "sigma") -> Tens
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         sigma = torch.tensor(check_positive(sigma, name), dtype=dtype, device=x.device)
     return sigma.expand(x.shape[0])  # [B]
-
-
-def _readable(value: Tensor) -> bool:
-    # A traced value cannot be looked at, and one on a GPU would cost a synchronisation.
-    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def per_sample(
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
         constant = _constant_tensor(op, name, value, like)
-        if constant.device.type == "cpu" and not torch.compiler.is_compiling() and constant.numel():
+        if constant.numel() and readable(constant):
             _check_range(op, name, float(constant.min()), above, at_least)
             _check_range(op, name, float(constant.max()), above, at_least)
         return constant.to(dtype)
@@ -100,8 +100,19 @@ def per_sample(
     return torch.full((1,), float(value), dtype=dtype, device=like.device)
 
 
+def readable(value: Tensor) -> bool:
+    """Whether numbers can be read without waiting for a GPU: from tensors on the CPU that hold some, while nothing is traced."""
+    return (
+        value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+    )
+
+
 def _constant_tensor(op: str, name: str, value: Tensor, like: Tensor) -> Tensor:
-    if value.requires_grad:
+    if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: {name} is a constant and must not require grad; pass {name}.detach()")
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: {name} must be float32 or float64; got {value.dtype}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .._dispatch import bind
-from ._checks import check_count, check_like, check_noise_size, check_seed, check_tensor, per_sample
+from ._checks import check_count, check_like, check_noise_size, check_seed, check_tensor, per_sample, readable
 
 _posterior_sample = bind("posterior_sample")
 _guided_step = bind("guided_step")
@@ -53,8 +52,7 @@ def posterior_sample(
 
 def _check_order(op: str, sigma_s: float | Tensor, sigma_t: float | Tensor, level_s: Tensor, level_t: Tensor) -> None:
     if isinstance(sigma_s, Tensor) or isinstance(sigma_t, Tensor):
-        known = level_s.device.type == "cpu" and not torch.compiler.is_compiling()
-        wrong = known and bool((level_s > level_t).any())
+        wrong = readable(level_s) and readable(level_t) and bool((level_s > level_t).any())
     else:
         wrong = sigma_s > sigma_t
     if wrong:

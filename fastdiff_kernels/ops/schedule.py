@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import bind
-from ._checks import check_choice, check_count, check_device, check_like, check_positive, check_tensor, per_sample
+from ._checks import check_choice, check_count, check_device, check_like, check_positive, check_tensor, per_sample, readable
 
 _incremental_cost = bind("incremental_cost")
 _integrate_schedule = bind("integrate_schedule")
@@ -61,7 +61,7 @@ def _exceeds(sigma_low: float | Tensor, sigma_high: float | Tensor, low: Tensor,
     """Whether some sigma_low is greater than its sigma_high, as far as that is known without waiting for a GPU."""
     if not isinstance(sigma_low, Tensor) and not isinstance(sigma_high, Tensor):
         return sigma_low > sigma_high
-    return low.device.type == "cpu" and not torch.compiler.is_compiling() and bool((low > high).any())
+    return readable(low) and readable(high) and bool((low > high).any())
 
 
 def integrate_schedule(sigmas: Tensor, costs: Tensor, num_steps: int, *, interpolation: str = "pchip") -> Tensor:
@@ -101,7 +101,7 @@ def integrate_schedule(sigmas: Tensor, costs: Tensor, num_steps: int, *, interpo
     check_choice(op, "interpolation", interpolation, ("pchip", "linear"))
     levels = _integrate_schedule(sigmas, costs, num_steps, interpolation)
     # Bad values come back as NaN, which is cheaper to look for than they are.
-    if levels.device.type == "cpu" and not torch.compiler.is_compiling() and bool(torch.isnan(levels[..., 0]).any()):
+    if readable(levels) and bool(torch.isnan(levels[..., 0]).any()):
         _explain(op, sigmas, costs)
     return levels
 

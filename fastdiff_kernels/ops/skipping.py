@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._dispatch import bind
 from ..reference.skipping import STATE_WIDTH
-from ._checks import check_choice, check_count, check_device, check_like, check_tensor
+from ._checks import check_choice, check_count, check_device, check_like, check_tensor, readable
 
 _third_order_skip = bind("third_order_skip")
 _third_order_difference = bind("third_order_difference")
@@ -256,7 +256,7 @@ def _check_rows(op: str, x: Tensor, denoised: Tensor, rows: Tensor, newest: Tens
     check_device(op, "rows", rows, "x", x)
     if newest is None:
         raise ValueError(f"{op}: rows needs newest, which is None")
-    known = rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel() > 0
+    known = rows.numel() > 0 and readable(rows)
     if known and int(rows.max()) >= denoised.shape[0]:
         raise ValueError(f"{op}: rows must be below the {denoised.shape[0]} rows of denoised; got {int(rows.max())}")
 
@@ -287,7 +287,7 @@ def _threshold(op: str, threshold: float | Tensor, like: Tensor) -> Tensor:
             raise ValueError(f"{op}: threshold must be a float or a tensor 0-d or of shape (1,); got shape {tuple(threshold.shape)}")
         if threshold.device != like.device:
             raise ValueError(f"{op}: threshold must be on the device of d0, {like.device}; got {threshold.device}")
-        if threshold.device.type == "cpu" and not torch.compiler.is_compiling():
+        if readable(threshold):
             _check_threshold(op, float(threshold.detach()))
         return threshold.reshape(1).to(dtype)
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+# In a tile, whose rows are told apart by 32 bits, as are strides.
+MOST_ROWS = 256
 
 
 @triton.jit
@@ -115,11 +117,14 @@ def padded_width(x: Tensor) -> int:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x itself where its rows are made of adjacent elements and begin and end at multiples of 16 bytes; otherwise such a copy, padded with
-    zeros. Kernels that read x by single elements would hold many times as many addresses, more than there are registers for.
+    """x itself where its rows are made of adjacent elements, begin and end at multiples of 16 bytes and are not too far apart; otherwise
+    such a copy, padded with zeros. Kernels that read x by single elements would hold many times as many addresses, more than there are
+    registers for.
     """
     count, width = unit(x), x.shape[3]
-    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(n % count for n in (width, *_outer_strides(x))):
+    outer = _outer_strides(x)
+    in_reach = max(outer[0], outer[1] * MOST_ROWS, outer[2]) < 2**31
+    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and in_reach and not any(n % count for n in (width, *outer)):
         return x
     copy = x.new_zeros((*x.shape[:3], padded_width(x)))
     copy[..., :width] = x

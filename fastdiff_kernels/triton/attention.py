@@ -58,13 +58,17 @@ def _programs(x: Tensor, rows: int) -> int:
     return x.shape[0] * x.shape[2] * triton.cdiv(x.shape[1], rows)
 
 
+def _adjacent(key_lengths: Tensor | None) -> Tensor | None:
+    return None if key_lengths is None else key_lengths.contiguous()
+
+
 def _result(x: Tensor | None, like: Tensor) -> Tensor:
     """x without the columns that `like` has been padded by."""
     return absent(like) if x is None else x[..., : like.shape[3]].contiguous()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    given = q
+    given, key_lengths = q, _adjacent(key_lengths)
     q, k, v = map(aligned, (q, k, v))
     out, lse = q.new_empty(q.shape), _per_query(q)
     s = sizes("forward", q, _gpu(q))
@@ -109,7 +113,7 @@ def _write_gradients(
     grad_q, grad_k, grad_v = results
     q, k, v, output = map(aligned, (q, k, v, output))
     grad = torch.zeros_like(output) if grad is None else aligned(grad)
-    lse, delta = lse.contiguous(), _per_query(q)
+    lse, delta, key_lengths = lse.contiguous(), _per_query(q), _adjacent(key_lengths)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     s, numbers = sizes("queries", q, _gpu(q)), (scale, q.shape[1], k.shape[1], q.shape[2])
     written = grad_q if grad_q is not None else output
@@ -131,7 +135,7 @@ def _write_gradients(
 def attention_dual(
     q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None, t_q: Tensor | None, t_k: Tensor | None, t_v: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = q
+    given, key_lengths = q, _adjacent(key_lengths)
     q, k, v = map(aligned, (q, k, v))
     t_q, t_k, t_v = (None if t is None else aligned(t) for t in (t_q, t_k, t_v))
     out, lse, t_out, t_lse = q.new_empty(q.shape), _per_query(q), q.new_empty(q.shape), _per_query(q)

@@ -353,7 +353,9 @@ def _described(tensors: Sequence[Tensor | None], inner: Sequence[int]) -> tuple[
     """The layout that tensors of equally many dimensions share, and their strides as kernels take them; inner: where stride 1 may be."""
     given = [t for t in tensors if t is not None]
     innermost = next((i for i in inner if all(t.stride(i) == 1 for t in given)), -1)
-    unit = math.gcd(16, *(t.stride(i) for t in given for i in range(t.dim()) if i != innermost and t.shape[i] > 1))
+    outer = [t.stride(i) for t in given for i in range(t.dim()) if i != innermost and t.shape[i] > 1]
+    # A product with the unit has 32 bits, unless the argument itself needs 64.
+    unit = 1 if any(s >= 2**31 for s in outer) else math.gcd(16, *outer)
     strides = [None if t is None else tuple(t.stride(i) // (1 if i == innermost else unit) for i in range(t.dim())) for t in tensors]
     return _Layout(innermost, unit), strides
 

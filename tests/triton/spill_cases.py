@@ -51,12 +51,14 @@ def short(dtype: torch.dtype) -> str:
 HEAD_WIDTHS = {16: 8, 32: 24, 48: 40, 64: 56, 80: 72, 96: 88, 128: 120, 160: 152, 192: 184, 256: 200}
 
 
-def _attention(width, dtype, queries=1000, keys=1000, heads=2, lengths=True, of_lse=True, scale=0.1, kinds=("forward", "backward", "dual"),
-               needs=(True, True, True), tangents=(True, True, True)):  # fmt: skip
+def _attention(
+    width, dtype, queries=1000, keys=1000, heads=2, batch=2, lengths=True, of_lse=True, scale=0.1, kinds=("forward", "backward", "dual"),
+    needs=(True, True, True), tangents=(True, True, True),
+):  # fmt: skip
     def call():
-        q, k, v = (empty(2, n, heads, width, dtype=dtype) for n in (queries, keys, keys))
-        lse = empty(2, heads, queries)
-        key_lengths = empty(2, dtype=torch.int64) if lengths else None
+        q, k, v = (empty(batch, n, heads, width, dtype=dtype) for n in (queries, keys, keys))
+        lse = empty(batch, heads, queries)
+        key_lengths = empty(batch, dtype=torch.int64) if lengths else None
         if "forward" in kinds:
             attention.attention(q, k, v, scale, key_lengths)
         if "backward" in kinds:
@@ -93,7 +95,7 @@ def attention_cases() -> Cases:
         yield alone("no gradients and tangents", needs=(False,) * 3, tangents=(False,) * 3, kinds=("backward", "dual"))
     yield "72, one head", _attention(72, torch.bfloat16, heads=1)
     yield "72, one query", _attention(72, torch.bfloat16, queries=1)
-    yield "72, 2^31 elements", _attention(72, torch.bfloat16, queries=2**25, keys=2**25, heads=4)
+    yield "72, 2^31 elements", _attention(72, torch.bfloat16, queries=2**20, keys=2**20, heads=4, batch=8)
 
 
 # Channels: widths of networks, of which most fill their tile, and each kind of tile above 2048; and small and odd ones.

@@ -78,6 +78,32 @@ def test_as_accurate_as_eager(shape, dtype, device):
 
 
 @pytest.mark.executes
+@pytest.mark.parametrize("stored", ["stepped", "expanded", "column"])
+def test_lengths_may_lie_anywhere(stored, device):
+    q, k, v, *tangents = operands((3, 20, 64, 1, 16), torch.float32, device, tangents=True)
+    steps = torch.tensor([33, 1, 5, 64, 20, 7], device=device)
+    lengths = {"stepped": steps[::2], "expanded": steps[:1].expand(3), "column": steps.view(3, 2)[:, 1]}[stored]
+    assert_bitwise(launched(q, k, v, 0.3, lengths), launched(q, k, v, 0.3, lengths.clone()))
+    assert_bitwise(
+        attention.attention_dual(q, k, v, 0.3, lengths, *tangents), attention.attention_dual(q, k, v, 0.3, lengths.clone(), *tangents)
+    )
+
+
+@pytest.mark.parametrize("strides", [(2**31, 64, 16, 1), (2**20, 2**23, 16, 1), (2**20, 16, 2**31, 1)], ids=["samples", "rows", "heads"])
+def test_what_32_bits_do_not_reach_is_copied(strides):
+    x = torch.empty_strided((2, 8, 3, 16), strides, dtype=torch.float16, device="meta")
+    assert _attention_tiles.aligned(x).is_contiguous()
+
+
+def test_samples_beyond_32_bits_are_refused():
+    large, small = (torch.empty(1, n, 4, 64, device="meta", dtype=torch.float16) for n in (2**22, 8))
+    refuses, why = OPS["attention"].refuses, "its Triton kernels reach 2^31 elements of a sample, of a whole projection"
+    assert refuses("triton", large, small, small, 0.1, None) == why
+    assert refuses("triton", small, large, large, 0.1, None) == why
+    assert refuses("triton", small, small, small, 0.1, None) is None
+
+
+@pytest.mark.executes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [72, 16])
 def test_what_stands_in_the_padding_never_leaks(width, dtype, device):

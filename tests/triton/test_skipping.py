@@ -88,6 +88,15 @@ def test_step_is_as_accurate_as_the_definition(dtype, index, repeat, device):
 
 
 @pytest.mark.executes
+def test_one_decision_about_no_samples_looks_at_no_row(device):
+    x, rows = torch.empty(0, 4, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    state = torch.zeros(1, 9, dtype=torch.float64, device=device)
+    numbers = (1.0, 0.5, 1.0, 1.0, 1.0, 0.0, *[1.0] * 4, "official", 0.25, 3, True, False)
+    after = skipping.solver_step(x, x.new_empty(1, 4), None, rows, x, *(None,) * 5, state, *numbers)[3]
+    assert after[0, 2] == 0
+
+
+@pytest.mark.executes
 @pytest.mark.parametrize("mode", ["official", "tensor"])
 @pytest.mark.parametrize("decisions", [1, 3])
 def test_trajectory_decides_as_the_definition(mode, decisions, device):
