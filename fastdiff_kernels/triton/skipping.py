@@ -255,8 +255,9 @@ def solver_step(
     if state is not None:
         pooled = 1 if per_sample else batch
         # One decision about no samples has no row to look at.
+        computed = dense[3] if batch else None
         launch(
-            _decide_kernel, state.shape[0], third, last, dense[3] if batch else None, dense[-1], after, pooled * chunks, pooled * elements, float(at),
+            _decide_kernel, state.shape[0], third, last, computed, dense[-1], after, pooled * chunks, pooled * elements, float(at),
             float(threshold), max_skip, NOTES=keep_noise, MODE=mode, HAS_THIRD=mode == "tensor" and before0 is not None, WIDTH=256,
         )  # fmt: skip
     return following, x.new_empty(0) if noise is None else noise, x.new_empty(0) if used is None else used, after
