@@ -114,6 +114,7 @@ class OnlineSchedule:
         self.estimate = IntervalCosts(self.grid, {})
 
     _STATE = ("levels", "grid", "steps", "moves", "seen")
+    _SETTINGS = ("burn_in", "min_visits", "damping", "interpolation", "seed")
 
     def state_dict(self) -> dict[str, Any]:
         """Levels, counts and the estimate as far as it is: a schedule that takes it up goes on with the same bits.
@@ -121,18 +122,23 @@ class OnlineSchedule:
         Raises:
             ValueError: a cost of the estimate is not finite.
         """
-        return {**{name: getattr(self, name) for name in self._STATE}, "estimate": self.estimate.state_dict()}
+        return {**{name: getattr(self, name) for name in (*self._STATE, *self._SETTINGS)}, "estimate": self.estimate.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a `state_dict`.
 
         Raises:
-            ValueError: it is of a schedule with other ends, or another number of steps or knots.
+            ValueError: it is of a schedule that was made with other arguments.
         """
+        if missing := [name for name in (*self._STATE, *self._SETTINGS, "estimate") if name not in state]:
+            raise ValueError(f"state: must hold {', '.join(missing)} too, as this version saves it; got {', '.join(state)}")
         for name in ("levels", "grid"):
             own, other = getattr(self, name), state[name]
             if own.shape != other.shape or own[0] != other[0] or own[-1] != other[-1]:
                 raise ValueError(f"state: {name} must be {len(own)} from {own[0]:g} to {own[-1]:g}; got {len(other)} from {other[0]:g}")
+        for name in self._SETTINGS:
+            if state[name] != getattr(self, name):
+                raise ValueError(f"state: {name} must be {getattr(self, name)!r}; got {state[name]!r}")
         for name in self._STATE:
             value = state[name]
             # A checkpoint may have been read onto a GPU.

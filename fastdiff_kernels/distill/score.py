@@ -204,8 +204,8 @@ class ScoreTrainer(Recipe[Tensor]):
         """Continue from `state_dict()` of a trainer made with the same arguments.
 
         Raises:
-            ValueError: it is of another recipe, of one with an `OnlineSchedule` where this one has none or the reverse, or of one with
-                other ends, or another number of steps or knots.
+            ValueError: as every recipe's; and where the state has an `OnlineSchedule` and this trainer has none, or the reverse, or
+                theirs were made with other arguments.
         """
         if ("online" in state) != (self.online is not None):
             held, own = ("an OnlineSchedule", "none") if "online" in state else ("no OnlineSchedule", "one")

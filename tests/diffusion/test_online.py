@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -94,6 +95,19 @@ def test_checkpoint_takes_up_levels_and_counts() -> None:
     assert torch.equal(second.levels, first.levels)
     with pytest.raises(ValueError, match=r"state: levels must be 6 from 10 to 0.1; got 7 from 10"):
         second.load_state_dict(OnlineSchedule(7, sigma_min=0.1, sigma_max=10.0, knots=5).state_dict())
+
+
+@pytest.mark.parametrize(("name", "value"), [("burn_in", 7), ("min_visits", 9), ("damping", 0.3), ("interpolation", "linear"), ("seed", 2)])
+def test_a_state_of_other_arguments_is_refused_and_changes_nothing(name: str, value: object) -> None:
+    make = partial(OnlineSchedule, 6, sigma_min=0.1, sigma_max=10.0, knots=5)
+    state, other = make().state_dict(), make(**{name: value})
+    levels = other.levels
+    with pytest.raises(ValueError, match=rf"state: {name} must be {value!r}; got "):
+        other.load_state_dict(state)
+    assert other.levels is levels
+    del state[name]
+    with pytest.raises(ValueError, match=f"state: must hold {name} too"):
+        other.load_state_dict(state)
 
 
 def test_costs_that_are_not_finite_are_reported() -> None:
