@@ -1,7 +1,8 @@
 """A training step of score implicit matching and one of moment matching: networks, losses, gradients, clipping and both optimisers.
 
 Ours is the distiller's own step with patched networks; eager is the same step written in PyTorch, around the networks as diffusers has
-them. The draws are made beforehand, and the learning rate is too small to move a parameter, so that every call computes the same.
+them. Where networks run in bfloat16, by autocast, their parameters are float32. The draws are made beforehand, and the learning rate is too
+small to move a parameter, so that every call computes the same.
 """
 
 from __future__ import annotations
@@ -110,10 +111,11 @@ class PlainSIM(Plain):
 class OurSIM(SIMDistiller):
     """With given draws."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
         super().__init__(
             teacher(dtype, patched=True), sample_shape=SHAPE, sigma_init=SIGMA_INIT, learning_rate=RATE, c=PSEUDO_HUBER,
             generator_law=lambda count, rng: self.sigma, fake_law=lambda count, rng: self.fake_sigma,
+            autocast=autocast,
         )  # fmt: skip
         apart(self.fake)
 
@@ -158,8 +160,8 @@ class PlainMomentMatching(Plain):
 class OurMomentMatching(MomentMatchingDistiller):
     """With given draws, but for the posterior's, which its op draws."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(teacher(dtype, patched=True), num_steps=8, learning_rate=RATE, shared_batch=True)
+    def __init__(self, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+        super().__init__(teacher(dtype, patched=True), num_steps=8, learning_rate=RATE, shared_batch=True, autocast=autocast)
         apart(self.auxiliary)
 
     def _randn(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
@@ -175,24 +177,26 @@ class OurMomentMatching(MomentMatchingDistiller):
 
 
 @functools.cache
-def step(name: str, dtype: torch.dtype) -> Step:
+def step(name: str, dtype: torch.dtype, autocast: torch.dtype | None) -> Step:
     made: dict[str, Callable[[], Step]] = {
         "SIM": lambda: PlainSIM(dtype, 1e-8, compiled=False),
         "SIM, compiled": lambda: PlainSIM(dtype, 1e-8, compiled=True),
-        "SIM, ours": lambda: OurSIM(dtype),
+        "SIM, ours": lambda: OurSIM(dtype, autocast),
         "moment matching": lambda: PlainMomentMatching(dtype, 1e-12, compiled=False),
         "moment matching, compiled": lambda: PlainMomentMatching(dtype, 1e-12, compiled=True),
         "moment matching, known": lambda: PlainMomentMatching(dtype, 1e-12, compiled=False, known=True),
-        "moment matching, ours": lambda: OurMomentMatching(dtype),
+        "moment matching, ours": lambda: OurMomentMatching(dtype, autocast),
     }
     return made[name]()
 
 
 def provider(name: str) -> Step:
     def run(draws: Tensor, *sigmas: Tensor) -> list[Tensor]:
-        levels = [s if s.dtype == torch.float64 else s.float() for s in sigmas]
-        with torch.enable_grad():
-            return step(name, draws.dtype)(*(draws.unbind() if name.startswith("moment") else (draws,)), *levels)
+        dtype = torch.promote_types(draws.dtype, torch.float32)
+        autocast = None if draws.dtype == dtype else draws.dtype
+        made, levels = draws.to(dtype), [s.to(dtype) for s in sigmas]
+        with torch.enable_grad(), torch.autocast(draws.device.type, autocast, enabled=autocast is not None):
+            return step(name, dtype, autocast)(*(made.unbind() if name.startswith("moment") else (made,)), *levels)
 
     return run
 
