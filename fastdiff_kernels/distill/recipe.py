@@ -162,7 +162,7 @@ class Recipe(ABC, Generic[Batch]):
             ValueError, TypeError: the batch or the conditioning does not fit. FloatingPointError: a gradient is not finite.
         """
         checked = self._check_batch(batch)
-        conditioning = check_conditioning(conditioning, checked if isinstance(checked, int) else checked.shape[0])
+        conditioning = self._check_conditioning(conditioning, checked if isinstance(checked, int) else checked.shape[0])
         self.torn = True
         with self._seeded(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             metrics = self._step(checked, conditioning)
@@ -179,6 +179,10 @@ class Recipe(ABC, Generic[Batch]):
     @abstractmethod
     def _check_batch(self, batch: Tensor | int) -> Batch:
         """The batch, if it is one that this recipe can use."""
+
+    def _check_conditioning(self, conditioning: Mapping[str, Tensor] | None, count: int) -> dict[str, Tensor]:
+        """The conditioning of a step on `count` samples, if it is one that this recipe can use."""
+        return check_conditioning(conditioning, count)
 
     @abstractmethod
     def sample(self, n: int, conditioning: Mapping[str, Tensor] | None = None, *, seed: int = 0) -> Tensor:

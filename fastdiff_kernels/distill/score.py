@@ -114,6 +114,22 @@ class ScoreTrainer(Recipe[Tensor]):
         self.sample_shape = tuple(data.shape[1:])
         return data
 
+    def _check_conditioning(self, conditioning: Mapping[str, Tensor] | None, count: int) -> dict[str, Tensor]:
+        checked = super()._check_conditioning(conditioning, count)
+        if self.label_dropout:
+            self._check_labels(checked)
+        return checked
+
+    def _check_labels(self, conditioning: dict[str, Tensor]) -> None:
+        if conditioning.get("class_labels") is None:
+            given = sorted(name for name, value in conditioning.items() if value is not None)
+            raise ValueError(f"conditioning must hold class_labels with label_dropout={self.label_dropout}, got {given}")
+        labels = conditioning["class_labels"]
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"conditioning['class_labels'] must be class indices, int64 or int32, with label_dropout, got {labels.dtype}")
+        if labels.dim() != 1:
+            raise ValueError(f"conditioning['class_labels'] must have shape [B] with label_dropout, got {list(labels.shape)}")
+
     def _step(self, batch: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.online is not None:
             with torch.autocast(self.device.type, enabled=False):
@@ -153,14 +169,7 @@ class ScoreTrainer(Recipe[Tensor]):
         if not self.label_dropout:
             return conditioning
         assert self.null_label is not None, "the constructor asks for one with label_dropout"
-        if conditioning.get("class_labels") is None:
-            given = sorted(name for name, value in conditioning.items() if value is not None)
-            raise ValueError(f"conditioning must hold class_labels with label_dropout={self.label_dropout}, got {given}")
         labels = conditioning["class_labels"]
-        if labels.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"conditioning['class_labels'] must be class indices, int64 or int32, with label_dropout, got {labels.dtype}")
-        if labels.dim() != 1:
-            raise ValueError(f"conditioning['class_labels'] must have shape [B] with label_dropout, got {list(labels.shape)}")
         dropped = torch.rand(labels.shape, generator=self.rng, device=self.device) < self.label_dropout
         return {**conditioning, "class_labels": torch.where(dropped, self.null_label, labels)}
 

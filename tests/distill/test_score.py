@@ -249,6 +249,7 @@ def test_bad_batches(tiny_denoiser):
         trainer.step(images, {"class_labels": torch.eye(2, 3)})
     with pytest.raises(ValueError, match=r"conditioning\['class_labels'\] must have shape \[B\] with label_dropout, got \[2, 3\]"):
         trainer.step(images, {"class_labels": torch.eye(2, 3, dtype=torch.int64)})
+    assert not trainer.torn
     trainer.step(images, {"class_labels": labels})
     with pytest.raises(ValueError, match=r"batch must have shape \[B, 1, 4, 4\], got \[2, 1, 8, 8\]"):
         trainer.step(torch.zeros(2, 1, 8, 8), {"class_labels": labels})
