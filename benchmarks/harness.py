@@ -67,8 +67,8 @@ class Measured:
 
 
 FIELDS = (*(f.name for f in fields(Provenance)), *(f.name for f in fields(Row)))
-# What libraries raise for a call that they do not take; the provider is then left out and named with the reason.
-REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError)
+# What libraries raise for a call that they do not take.
+REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError)  # the provider is left out, named with the reason
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    # These tests launch kernels on a device, so without one they cannot run; -ra lists each with this reason at the end.
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))  # it launches kernels on one; -ra lists it at the end
